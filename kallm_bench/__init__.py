@@ -1,0 +1,1 @@
+"""KANs in language models, benchmarked."""
