@@ -1,0 +1,119 @@
+"""Writing so that nothing is ever left half-written: everything is made beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kallm_bench.errors import KallmError
+
+REFUSED = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "part of the path is a file, not a folder",
+    errno.EEXIST: "something else stands there",
+    errno.ENOENT: "part of the path does not exist",
+    errno.EISDIR: "it is a folder",
+    errno.EFBIG: "the file would be larger than allowed",
+}
+"""What the system may answer to a write, in words. Any other answer is unexpected and keeps its traceback."""
+
+
+class DiskError(KallmError):
+    """The disk would not take a file; what stood there before is unharmed."""
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns the system's refusals to write at `path` into one line. Others pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise DiskError(f"cannot write {path}: {REFUSED[error.errno]}") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all: beside its place, synced, renamed. An older file of that name is replaced.
+
+    Raises:
+        DiskError: the disk is full, the folder cannot be written, ...
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and is removed otherwise.
+
+    Args:
+        path: where the folder shall stand.
+        replace: whether an existing one may be replaced; it stays until the new one is complete.
+        needed_bytes: refused at once where the disk has less free.
+
+    Raises:
+        DiskError: `path` exists and may not be replaced; too little space; or the disk refused.
+    """
+    path = path.absolute()
+    if path.exists() and not replace:
+        raise DiskError(f"{path} exists; pass --force to replace it, or another --out")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < needed_bytes:
+            raise DiskError(
+                f"cannot write {path}: it needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
+            )
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            _sync_tree(temporary)
+            if path.exists():
+                old = temporary.with_suffix(".old")
+                path.rename(old)
+                temporary.rename(path)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The file's sha256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

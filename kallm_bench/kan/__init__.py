@@ -1,0 +1,8 @@
+"""Kolmogorov-Arnold layers for PyTorch: tensors in, tensors out, no language model in sight."""
+
+from kallm_bench.kan.bases import BASES, Basis, make_basis
+from kallm_bench.kan.feedforward import FORMS, KANFeedForward
+from kallm_bench.kan.layers import CONSTANTS, KANLinear
+from kallm_bench.kan.ops import kan_linear
+
+__all__ = ["BASES", "CONSTANTS", "FORMS", "Basis", "KANFeedForward", "KANLinear", "kan_linear", "make_basis"]

@@ -1,0 +1,141 @@
+"""What AutoModelForCausalLM loads: a class for each base architecture that builds itself with its retrofits in place.
+
+A retrofitted Llama stays a Llama: same attributes, same parameter names outside the replaced modules, same generate. So
+its class is a subclass made on the fly, and nothing has to be forwarded by hand. Only config.json differs: its
+`model_type` is "kallm" and it holds the base model's configuration and the specs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from kallm_bench.errors import CheckpointError
+from kallm_bench.models.replacement import install
+from kallm_bench.models.spec import KANSpec
+
+
+class KallmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is not typed
+    """config.json of a retrofitted model.
+
+    Args:
+        base_config: the base model's whole configuration, `model_type` included.
+        retrofits: KANSpec.to_json() of each retrofit, in order.
+    """
+
+    model_type = "kallm"
+    base_config: dict[str, Any] | None = None
+    retrofits: list[dict[str, Any]] | None = None
+
+    def to_base(self) -> PreTrainedConfig:
+        """The base model's configuration, with the retrofits noted in its attribute `kallm`."""
+        fields = dict(self.base_config or {})
+        kind = fields.pop("model_type", None)
+        if kind not in CONFIG_MAPPING:
+            raise CheckpointError(f"its base model is of the type '{kind}', which this version of transformers lacks")
+        config = CONFIG_MAPPING[kind].from_dict(fields)
+        config.kallm = list(self.retrofits or [])
+        return config
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> KallmConfig:
+        """The config.json of a model whose own configuration notes retrofits."""
+        base = config.to_dict()
+        retrofits = base.pop("kallm")
+        for name in ("architectures", "_name_or_path", "_model_name_or_path"):  # of a class and a path that were
+            base.pop(name, None)
+        return cls(
+            base_config=base,
+            retrofits=retrofits,
+            architectures=["KallmForCausalLM"],
+            dtype=base.get("dtype"),
+            tie_word_embeddings=base.get("tie_word_embeddings", False),
+        )
+
+
+class KallmForCausalLM:
+    """The door: `from_pretrained` builds the right class for the base architecture. Never itself an instance."""
+
+    config_class = KallmConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *args: Any, config: KallmConfig | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        base = (config or KallmConfig.from_pretrained(folder)).to_base()
+        if config is not None and getattr(config, "_attn_implementation", None):
+            kwargs.setdefault("attn_implementation", config._attn_implementation)
+        return _class_for(base).from_pretrained(folder, *args, config=base, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: KallmConfig, **kwargs: Any) -> PreTrainedModel:
+        base = config.to_base()
+        return _class_for(base)._from_config(base, **kwargs)
+
+
+def specs_of(config: PreTrainedConfig) -> list[KANSpec]:
+    """The retrofits noted in a base model's configuration; empty for an untouched one."""
+    return [KANSpec.from_json(spec) for spec in getattr(config, "kallm", None) or []]
+
+
+def retrofitted_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The subclass of a model class that installs the retrofits its configuration notes, and says so when saved."""
+    if hasattr(base, "kallm_base"):
+        return base
+    if base not in _RETROFITTED:
+        _RETROFITTED[base] = _make_class(base)
+    return _RETROFITTED[base]
+
+
+_RETROFITTED: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
+
+
+def _make_class(base: Any) -> type[PreTrainedModel]:
+    class Retrofitted(base):  # type: ignore[misc]
+        kallm_base = base
+
+        def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            install(self, specs_of(config))
+
+        def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+            super().save_pretrained(save_directory, **kwargs)
+            written = KallmConfig.of(self.config).to_json_string(use_diff=False)
+            (Path(save_directory) / "config.json").write_text(_without_defaults(written))
+
+    Retrofitted.__name__ = Retrofitted.__qualname__ = f"Kallm{base.__name__}"
+    return Retrofitted
+
+
+def original_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class of the untouched model."""
+    base: type[PreTrainedModel] = getattr(type(model), "kallm_base", type(model))
+    return base
+
+
+def register() -> None:
+    """Teaches the Auto classes about `model_type: "kallm"`; safe to call again."""
+    AutoConfig.register(KallmConfig.model_type, KallmConfig, exist_ok=True)
+    AutoModelForCausalLM.register(KallmConfig, KallmForCausalLM, exist_ok=True)
+
+
+def _class_for(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    return retrofitted_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
+def _without_defaults(text: str) -> str:
+    keep = (
+        "model_type",
+        "architectures",
+        "dtype",
+        "tie_word_embeddings",
+        "base_config",
+        "retrofits",
+        "transformers_version",
+    )
+    data = json.loads(text)
+    return json.dumps({key: data[key] for key in keep if key in data}, indent=2) + "\n"

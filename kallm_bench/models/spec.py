@@ -1,0 +1,144 @@
+"""KANSpec: what a retrofit puts where. Frozen, and the same in Python, on the command line, in a suite and on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from kallm_bench.errors import SpecError, unknown
+from kallm_bench.kan import BASES, CONSTANTS, FORMS, make_basis
+
+NOT_BASES = {
+    "linear": "a fresh copy of the block's own feed-forward: the restart that KANs are compared with",
+    "drop": "no feed-forward at all: the block keeps its attention alone",
+}
+"""What may stand in a basis's place without being one."""
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class KANSpec:
+    """One retrofit.
+
+    Args:
+        blocks: block numbers from 0, as a tuple or as text: "25-29", "0,3,5-7", "last:5", "all".
+        basis: name of a basis, with arguments after a colon if wanted; or a key of NOT_BASES.
+        degree: highest degree, for families that have one; None for the family's default.
+        hidden: inner width; None for intermediate_size // 4 in a "stack" (384 in SmolLM2, as published) and for
+            intermediate_size in "linear". Not for "single" and "drop", which have no inner width.
+        form: a key of kan.FORMS; for bases only.
+        constant: "bias" or "edge", see KANLinear; for bases only.
+        seed: of the random start.
+
+    Raises:
+        SpecError: anything in it that cannot be, whatever the model.
+    """
+
+    blocks: tuple[int, ...] | str
+    basis: str
+    degree: int | None = None
+    hidden: int | None = None
+    form: str = "stack"
+    constant: str = "bias"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.is_basis:
+            if self.degree is not None:
+                raise SpecError(f"'{self.basis}' has no degree; leave it out")
+            if self.basis == "drop" and self.hidden is not None:
+                raise SpecError("'drop' has no hidden size; leave it out")
+        else:
+            if self.family not in BASES:
+                raise SpecError(unknown("basis", self.family, [*BASES, *NOT_BASES]))
+            make_basis(self.basis, degree=self.degree)
+            if self.form == "single" and self.hidden is not None:
+                raise SpecError("form 'single' is one layer and has no hidden size; leave it out, or take form 'stack'")
+        if self.form not in FORMS:
+            raise SpecError(unknown("form", self.form, FORMS))
+        if self.constant not in CONSTANTS:
+            raise SpecError(unknown("treatment of the constant", self.constant, CONSTANTS))
+        if self.hidden is not None and self.hidden < 1:
+            raise SpecError(f"hidden must be at least 1, got {self.hidden}")
+
+    @property
+    def is_basis(self) -> bool:
+        """False for the two controls, "linear" and "drop"."""
+        return self.basis not in NOT_BASES
+
+    @property
+    def family(self) -> str:
+        """The basis without its arguments."""
+        return self.basis.partition(":")[0]
+
+    def resolved(self, block_count: int) -> KANSpec:
+        """The same spec with its blocks as numbers, checked against a model of `block_count` blocks."""
+        if isinstance(self.blocks, str):
+            return dataclasses.replace(self, blocks=read_blocks(self.blocks, block_count))
+        _check_blocks(self.blocks, block_count, str(self.blocks))
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> KANSpec:
+        """The spec that `to_json` wrote; SpecError where it is newer than this program or has other fields."""
+        data = dict(data)
+        version = data.pop("version", None)
+        if version != VERSION:
+            raise SpecError(
+                f"this retrofit was written in version {version} of the format, this program reads {VERSION}"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(data) != names:
+            raise SpecError(f"a retrofit has the fields {sorted(names)}, this one has {sorted(data)}")
+        blocks = data.pop("blocks")
+        return cls(blocks=blocks if isinstance(blocks, str) else tuple(blocks), **data)
+
+
+def read_blocks(text: str, block_count: int) -> tuple[int, ...]:
+    """Block numbers from "25-29", "0,3,5-7", "last:5" or "all".
+
+    Raises:
+        SpecError: malformed, out of range, doubled or reversed; the message says how many blocks there are.
+    """
+    if text == "all":
+        return tuple(range(block_count))
+    try:
+        if text.startswith("last:"):
+            count = int(text.removeprefix("last:"))
+            blocks = tuple(range(block_count - count, block_count)) if count > 0 else ()
+        else:
+            blocks = tuple(number for part in text.split(",") for number in _read_range(part, block_count))
+    except ValueError:
+        raise SpecError(f"cannot read blocks '{text}'; write 25-29, 0,3,5-7, last:5 or all") from None
+    _check_blocks(blocks, block_count, text)
+    return blocks
+
+
+def _read_range(text: str, block_count: int) -> range:
+    first, dash, last = text.partition("-")
+    if not dash:
+        return range(int(first), int(first) + 1)
+    if int(first) > int(last):
+        raise SpecError(
+            f"blocks '{text}' run backwards; write {last}-{first} (the model has blocks 0-{block_count - 1})"
+        )
+    if int(last) >= block_count:  # before the range is unrolled: nobody waits for 0-9999999999
+        raise SpecError(f"blocks '{text}' reach outside: the model has {block_count} blocks, 0-{block_count - 1}")
+    return range(int(first), int(last) + 1)
+
+
+def _check_blocks(blocks: tuple[int, ...], block_count: int, text: str) -> None:
+    there = f"the model has {block_count} blocks, 0-{block_count - 1}"
+    if not blocks:
+        raise SpecError(f"blocks '{text}' name none; {there}")
+    for block in blocks:
+        if not 0 <= block < block_count:
+            raise SpecError(f"blocks '{text}' reach outside: {there}")
+    if len(set(blocks)) < len(blocks):
+        twice = next(block for block in blocks if blocks.count(block) > 1)
+        raise SpecError(f"blocks '{text}' name block {twice} twice")
