@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -114,6 +115,12 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The file's sha256 in hex."""
+    """The file's sha256 in hex; read once as long as its size and time of change stay the same."""
+    status = path.stat()
+    return _sha256(path.absolute(), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, size: int, changed_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,8 @@ import copy
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kallm_bench.models.modeling import original_class, retrofitted_class, specs_of
 from kallm_bench.models.replacement import complete, make_replacement, winning_specs
@@ -30,7 +31,7 @@ def retrofit(model: PreTrainedModel, spec: KANSpec) -> KANSpec:
     """
     sites = find_sites(model)
     text_config = model.config.get_text_config(decoder=True)
-    originals = _original_feedforwards(model)
+    originals = _original_feedforwards(model.config, original_class(model))
     spec = complete(spec.resolved(len(sites)), originals[0], text_config.hidden_size)
     deviation = getattr(text_config, "initializer_range", 0.02)
 
@@ -49,15 +50,25 @@ def retrofit(model: PreTrainedModel, spec: KANSpec) -> KANSpec:
     return spec
 
 
+def complete_spec(config: PreTrainedConfig, spec: KANSpec) -> KANSpec:
+    """What `retrofit` would return for a model of this configuration; needs no weights and changes nothing."""
+    originals = _original_feedforwards(config, _architecture(config))
+    return complete(spec.resolved(len(originals)), originals[0], config.get_text_config(decoder=True).hidden_size)
+
+
 def replaced_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Block number -> the module a retrofit put there; empty for an untouched model."""
     blocks = winning_specs(specs_of(model.config))
     return {site.block: site.module for site in find_sites(model) if site.block in blocks} if blocks else {}
 
 
-def _original_feedforwards(model: PreTrainedModel) -> list[nn.Module]:
+def _original_feedforwards(config: PreTrainedConfig, architecture: type[PreTrainedModel]) -> list[nn.Module]:
     """The feed-forwards of the untouched architecture, one a block, as shapes without values."""
-    config = copy.deepcopy(model.config)
     with torch.device("meta"):
-        skeleton = original_class(model)._from_config(config)
+        skeleton = architecture._from_config(copy.deepcopy(config))
     return [site.module for site in find_sites(skeleton)]
+
+
+def _architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    architecture: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return architecture

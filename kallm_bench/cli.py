@@ -1,0 +1,423 @@
+"""The command line: parse, call one function, show what came back. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from kallm_bench import console
+from kallm_bench.errors import Interrupted, KallmError
+
+if TYPE_CHECKING:
+    from kallm_bench.filing import Bench
+
+app = typer.Typer(
+    help="Puts Kolmogorov-Arnold networks into language models and finds out, honestly, whether they are worth it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with `kallm run quickstart`. CKPT is a hub id, a folder, a .gguf file, or 'bundled'.",
+)
+
+Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Hub id, folder, .gguf file, or 'bundled'.")]
+Out = Annotated[Path | None, typer.Option(help="Checkpoint folder to write; named below runs/ if left out.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")]
+Seed = Annotated[int, typer.Option(help="Of the random start, or of the order of the data.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, else float32.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences at once; chosen by device if left out.")]
+Results = Annotated[Path, typer.Option(help="Folder of records.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.callback(invoke_without_command=True)
+def kallm(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        console.say(installed("kallm-bench"))
+        raise typer.Exit
+
+
+@app.command()
+def retrofit(
+    checkpoint: Checkpoint = "bundled",
+    blocks: Annotated[str, typer.Option(help="Which blocks: 25-29, 0,3,5-7, last:5, all.")] = "last:5",
+    basis: Annotated[
+        str, typer.Option(help="Basis (`kallm bases` lists them), or linear (fresh feed-forward), or drop (none).")
+    ] = "cheby2",
+    degree: Annotated[int | None, typer.Option(help="Highest polynomial degree, where the basis has one.")] = None,
+    hidden: Annotated[
+        int | None, typer.Option(help="Inner width; a quarter of the original's for KANs, the original's for linear.")
+    ] = None,
+    form: Annotated[str, typer.Option(help="stack: two KAN layers; single: one.")] = "stack",
+    constant: Annotated[
+        str, typer.Option(help="Where the constant function goes: one bias, or on every edge as published.")
+    ] = "bias",
+    seed: Seed = 0,
+    out: Out = None,
+    force: Force = False,
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Replace the feed-forward parts of some blocks by KAN layers, and save the checkpoint.
+
+    kallm retrofit --blocks 25-29 --basis cheby2
+    """
+    from kallm_bench import engine
+    from kallm_bench.filing import find_ref
+    from kallm_bench.models import KANSpec
+
+    spec = KANSpec(blocks, basis, degree, hidden, form, constant, seed)
+    with console.Display() as display:
+        bench = _bench(results, display, "cpu", "float32", None, seed)
+        record = engine.retrofit(bench, find_ref(checkpoint), spec, out, replace=force)
+    console.show_records([record], as_json)
+
+
+@app.command()
+def train(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        str, typer.Option(help="Hub id, JSONL(.gz) or parquet file with 'messages', or 'bundled'.")
+    ] = "bundled",
+    heldout: Annotated[str | None, typer.Option(help="Held-out data; every 50th conversation if left out.")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to see; 0 only measures the held-out loss.")] = 1_000_000,
+    row_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 1024,
+    rows_per_step: Annotated[int, typer.Option(help="Rows that make one optimiser step.")] = 32,
+    scope: Annotated[str, typer.Option(help="What learns: replaced, tail, tail+head, all.")] = "tail",
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 4e-4,
+    seed: Seed = 0,
+    out: Out = None,
+    force: Force = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Train what was replaced, or more, on conversations; stopped with Ctrl-C, the same command goes on.
+
+    kallm train runs/bundled-cheby2-25-29-... --tokens 1000000
+    """
+    from kallm_bench import engine
+    from kallm_bench.filing import find_ref
+    from kallm_bench.training import TrainSettings
+
+    settings = TrainSettings(
+        data=data,
+        heldout=heldout,
+        tokens=tokens,
+        row_length=row_length,
+        rows_per_step=rows_per_step,
+        scope=scope,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    with console.Display() as display:
+        bench = _bench(results, display, device, dtype, batch_size, seed)
+        record = engine.train_model(bench, find_ref(checkpoint), settings, out, replace=force)
+    console.show_records([record], as_json)
+
+
+@app.command(name="eval-bbh")
+def eval_bbh(
+    checkpoint: Checkpoint,
+    protocol: Annotated[str, typer.Option(help="chat: one user turn, greedy, the reply is parsed.")] = "chat",
+    source: Annotated[
+        str | None,
+        typer.Option(help="BIG-Bench-Hard folder, hub id, or 'procedural'; KALLM_BBH_DIR, then the hub, if left out."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Task names, with commas; all if left out.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many questions of each task.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Where an answer is cut.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Ask a model BIG-Bench Hard, or fresh questions like it, and score the answers beside guessing.
+
+    kallm eval-bbh runs/... --source path/to/BIG-Bench-Hard --limit 20
+    """
+    from kallm_bench import engine
+    from kallm_bench.bbh.evaluate import EvalSettings
+    from kallm_bench.filing import find_ref
+
+    chosen = tuple(task.strip() for task in tasks.split(",") if task.strip())
+    settings = EvalSettings(protocol, source, chosen, limit, max_new_tokens)
+    with console.Display() as display:
+        bench = _bench(results, display, device, dtype, batch_size)
+        record = engine.eval_bbh(bench, find_ref(checkpoint), settings)
+    console.show_records([record], as_json)
+
+
+@app.command()
+def profile(
+    checkpoint: Checkpoint,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 4,
+    length: Annotated[int, typer.Option(min=32, help="Tokens in each.")] = 256,
+    repeats: Annotated[int, typer.Option(min=2, help="Timed runs of each measurement.")] = 5,
+    scope: Annotated[
+        str | None, typer.Option(help="What learns in the training step; tail, or all where nothing is replaced.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Measure parameters, throughput and peak memory on this machine."""
+    from kallm_bench import engine
+    from kallm_bench.filing import find_ref
+    from kallm_bench.profiling import ProfileSettings
+
+    with console.Display() as display:
+        bench = _bench(results, display, device, dtype, None)
+        ref = find_ref(checkpoint)
+        scope = scope or ("tail" if ref.lineage else "all")
+        record = engine.profile(bench, ref, ProfileSettings(batch, length, repeats, scope), again=True)
+    console.show_records([record], as_json)
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="A TOML file, or the name of a shipped suite.")],
+    only: Annotated[str, typer.Option(help="Arms to run, with commas; all if left out.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds in place of the suite's: 0,1,2.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and stop.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = None,
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Run every arm and seed of a suite, skip what is done, and end in its report.
+
+    kallm run quickstart
+    """
+    from kallm_bench import engine
+    from kallm_bench.suites import find_suite, read_suite
+
+    arms = [arm.strip() for arm in only.split(",") if arm.strip()]
+    read = read_suite(find_suite(suite), arms, _numbers(seeds) if seeds else None)
+    if dry_run:
+        console.show_rows(("arm", "seed", "what", "training tokens", "questions from"), engine.describe_cells(read))
+        return
+    with console.Display(engine.plan_of(read)) as display:
+        bench = _bench(results, display, device, dtype, batch_size)
+        failures = engine.run_suite(bench, read, begin=display.begin)
+    tables = engine.write_report(bench.store, read.name, bench.testbed)
+    if as_json:
+        console.show_json({"failures": failures, "report": str(tables.folder)})
+    else:
+        console.show_tables(tables.tables)
+        console.say(f"Written: {tables.folder}/report.md, report.csv")
+    for arm, reason in failures.items():
+        console.fail(f"{arm}: {reason}")
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
+    testbed: Annotated[str | None, typer.Option(help="Only this machine.")] = None,
+    fmt: Annotated[str, typer.Option("--format", help="screen, md, csv.")] = "screen",
+    out: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
+    results: Results = Path("results"),
+) -> None:
+    """Compare arms in tables: means over seeds, intervals, guessing, and what is missing.
+
+    kallm report --suite quickstart --format md
+    """
+    from kallm_bench.errors import RecordError, unknown
+    from kallm_bench.files import write_file
+    from kallm_bench.records import ResultsStore
+    from kallm_bench.reporting import build_tables, to_csv, to_markdown
+
+    formats = {"md": to_markdown, "csv": to_csv}
+    if fmt != "screen" and fmt not in formats:
+        raise RecordError(unknown("format", fmt, ("screen", *formats)))
+    store = ResultsStore(results)
+    tables = build_tables(store, suite, testbed)
+    for path, reason in store.damaged:
+        console.tell(f"set aside: {path}: {reason}")
+    if not tables:
+        raise RecordError(_nothing_to_report(store, suite, testbed))
+    if fmt == "screen" and out is None:
+        console.show_tables(tables)
+        return
+    text = formats.get(fmt, to_markdown)(tables)
+    if out is None:
+        console.stream(text)
+    else:
+        write_file(out, text.encode())
+        console.say(f"Written: {out}")
+
+
+@app.command()
+def bases(as_json: Json = False) -> None:
+    """List the bases: arguments, domain, and what one 576 -> 384 layer costs."""
+    from kallm_bench.kan.catalogue import catalogue
+
+    rows = catalogue()
+    if as_json:
+        console.show_json([entry._asdict() for entry in rows])
+    else:
+        console.show_rows(
+            ("basis", "arguments", "squash", "functions", "parameters, 576 -> 384", "what"),
+            [(e.name, e.arguments, e.squash, str(e.functions), f"{e.parameters:,}", e.what) for e in rows],
+        )
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where the reply is cut.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Let a model reply, as it goes.
+
+    kallm generate bundled "What is a spline?"
+    """
+    from kallm_bench.generate import reply
+    from kallm_bench.profiling import find_device, find_dtype
+
+    where = find_device(device)
+    for piece in reply(checkpoint, prompt, max_new_tokens, temperature, seed, where, find_dtype(dtype, where)):
+        console.stream(piece)
+    console.stream("\n")
+
+
+@app.command()
+def fetch(
+    what: Annotated[str, typer.Argument(help="model or bbh.")],
+    name: Annotated[str, typer.Argument(help="Hub id of the model; folder for bbh.")] = "",
+) -> None:
+    """Fetch a model or BIG-Bench Hard, so that everything later works without a network.
+
+    kallm fetch model HuggingFaceTB/SmolLM2-135M-Instruct, kallm fetch bbh BIG-Bench-Hard
+    """
+    from kallm_bench.errors import ModelError, unknown
+
+    if what == "model":
+        from kallm_bench.models import find_model
+
+        console.say(f"Model at {find_model(name or 'bundled').folder}")
+    elif what == "bbh":
+        from kallm_bench.fetch import fetch_bbh
+
+        with console.Display() as display:
+            folder = fetch_bbh(Path(name or "BIG-Bench-Hard"), watch=display)
+        console.say(f"BIG-Bench Hard at {folder}. Use it: export KALLM_BBH_DIR={folder.absolute()}")
+    else:
+        raise ModelError(unknown("thing to fetch", what, ("model", "bbh")))
+
+
+@app.command(name="testbed")
+def name_testbed(
+    name: Annotated[str | None, typer.Argument(help="New name for this machine.")] = None,
+    results: Results = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Show this machine as records know it, or name it."""
+    from kallm_bench.profiling import identity
+    from kallm_bench.records import ResultsStore
+
+    store = ResultsStore(results)
+    called = store.name_testbed(identity(), name) if name else store.testbed(identity())
+    if as_json:
+        console.show_json({"name": called, **identity()})
+    else:
+        console.show_pairs(called, [(key, str(value)) for key, value in identity().items()])
+
+
+@app.command()
+def doctor(results: Results = Path("results"), as_json: Json = False) -> None:
+    """Tell what is installed and at hand: devices, model, data, disk."""
+    from kallm_bench.doctor import examine
+
+    findings = examine(results)
+    if as_json:
+        console.show_json(dict(findings))
+    else:
+        console.show_pairs("kallm doctor", findings)
+
+
+def _bench(
+    results: Path, display: console.Display, device: str, dtype: str, batch_size: int | None, seed: int = 0
+) -> Bench:
+    """The bench of a command; refuses an unwritable results folder before any work is done."""
+    from kallm_bench.filing import Bench
+    from kallm_bench.profiling import find_device, find_dtype, identity
+    from kallm_bench.records import ResultsStore
+
+    where = find_device(device)
+    computes_in = find_dtype(dtype, where)
+    store = ResultsStore(results)
+    return Bench(
+        store,
+        store.testbed(identity()),
+        Path("runs"),
+        where,
+        computes_in,
+        seed=seed,
+        batch_size=batch_size,
+        watch=display,
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no list of numbers; write 0,1,2", param_hint="--seeds") from None
+
+
+def _nothing_to_report(store, suite: str | None, testbed: str | None) -> str:  # type: ignore[no-untyped-def]
+    from kallm_bench.errors import unknown
+
+    records = store.records()
+    if not records:
+        return f"no records in {store.folder}. Make some: kallm run quickstart"
+    for what, wanted, known in (
+        ("suite", suite, {record.suite for record in records}),
+        ("testbed", testbed, {record.testbed for record in records}),
+    ):
+        if wanted and wanted not in known:
+            return unknown(f"records of {what}", wanted, known)
+    return f"no records of suite '{suite}' on testbed '{testbed}'"
+
+
+def main() -> NoReturn:
+    """The console script: 0 fine, 1 the user's input or environment, 2 usage, 128 + signal when stopped."""
+    try:
+        code = app(standalone_mode=False)
+    except Interrupted as stopped:
+        console.tell(f"Stopped: {stopped}. The same command goes on from there.")
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        console.tell("Stopped. What was finished is kept; the same command goes on from there.")
+        sys.exit(128 + signal.SIGINT)
+    except KallmError as error:
+        console.fail(str(error))
+        sys.exit(1)
+    except typer.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except typer.Abort:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # usage, as click tells it
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,201 @@
+"""The only module that prints: progress and errors to standard error, results to standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from kallm_bench.records import RunRecord
+    from kallm_bench.reporting import Table
+
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+err = Console(stderr=True, highlight=False)
+
+PLAIN_EVERY_SECONDS = 15.0
+"""Without a terminal there is no bar to redraw: a line now and then, so that a log shows that work goes on."""
+
+
+class Display:
+    """Shows progress while it is entered; it is the Watch that stages are given.
+
+    With `plan`, the predicted work of each part, it also shows how much of the whole is done and how long the rest will
+    take. Predictions need only be right relative to each other.
+    """
+
+    def __init__(self, plan: dict[str, float] | None = None) -> None:
+        self.plan = plan or {}
+        self.part = ""
+        self.finished = 0.0
+        self.began = time.monotonic()
+        self.last_plain = 0.0
+        self.last_work = ""
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=err,
+            transient=True,
+        )
+        self.whole: TaskID | None = None
+        self.current: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        if err.is_terminal:
+            self.progress.start()
+            if self.plan:
+                self.whole = self.progress.add_task("all", total=100, note="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def begin(self, part: str) -> None:
+        """A part of the plan begins; the one before it is done."""
+        self.finished += self.plan.get(self.part, 0.0)
+        self.part = part
+
+    def __call__(self, work: str, done: int, total: int, note: str = "") -> None:
+        share = self._share(done, total)
+        left = self._left(share)
+        if not err.is_terminal:
+            self._plain(work, done, total, note, left)
+            return
+        if self.whole is not None:
+            description = f"all of it, {self.part}" if self.part else "all of it"
+            self.progress.update(
+                self.whole,
+                completed=round(100 * share),
+                description=description,
+                note=f"about {left} left" if left else "",
+            )
+        if self.current is None or work != self.last_work:
+            if self.current is not None:
+                self.progress.remove_task(self.current)
+            self.current = self.progress.add_task(work, total=total, note=note)
+            self.last_work = work
+        self.progress.update(self.current, completed=done, total=total, note=note)
+
+    def _share(self, done: int, total: int) -> float:
+        """How much of the whole plan is done, 0 to 1."""
+        whole = sum(self.plan.values())
+        within = self.plan.get(self.part, 0.0) * (done / total if total else 0.0)
+        return (self.finished + within) / whole if whole else 0.0
+
+    def _left(self, share: float) -> str:
+        elapsed = time.monotonic() - self.began
+        if share < 0.02:
+            return ""
+        seconds = elapsed * (1 - share) / share
+        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+    def _plain(self, work: str, done: int, total: int, note: str, left: str) -> None:
+        now = time.monotonic()
+        if work == self.last_work and done < total and now - self.last_plain < PLAIN_EVERY_SECONDS:
+            return
+        if work == self.last_work and done == total and now - self.last_plain < 1:
+            return
+        self.last_plain, self.last_work = now, work
+        parts = [self.part, f"{work} {done}/{total}", note, f"about {left} left" if left else ""]
+        err.print(", ".join(part for part in parts if part))
+
+
+def show_json(data: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def show_records(records: Sequence[RunRecord], as_json: bool) -> None:
+    """The figures of what was just done, or found done; as JSON the whole records."""
+    if as_json:
+        show_json([asdict(record) for record in records])
+        return
+    from kallm_bench.reporting import written
+    from kallm_bench.reporting.tables import Figure
+
+    for record in records:
+        table = RichTable("metric", "value", "", title=f"{record.stage}: {record.arm}", title_justify="left")
+        for metric in record.metrics:
+            value = "not measured" if metric.value is None else written(metric.name, Figure(metric.value))
+            table.add_row(metric.name, Text(value, justify="right"), metric.note)
+        out.print(table)
+        if record.artifacts:
+            out.print(f"Checkpoint: {record.artifacts[0].path.rpartition('/')[0]}")
+        out.print(f"Record: {record.id}")
+
+
+def show_tables(tables: Sequence[Table]) -> None:
+    """Report tables, with their notes below."""
+    from kallm_bench.reporting import written
+
+    for table in tables:
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold")
+        shown.add_column("arm")
+        shown.add_column("what", max_width=30)
+        for heading in table.headings:
+            shown.add_column(heading, justify="right")
+        for row in table.rows:
+            figures = [row.figures.get(metric) for metric in table.metrics]
+            texts = [written(m, figure) if figure else "–" for m, figure in zip(table.metrics, figures, strict=True)]
+            shown.add_row(row.name, row.what, *texts)
+        out.print(shown)
+        for note in table.notes:
+            out.print(f"· {note}", style="dim")
+
+
+def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """A small two-column table."""
+    table = RichTable(title=title, title_justify="left", show_header=False)
+    for name, value in pairs:
+        table.add_row(name, value)
+    out.print(table)
+
+
+def show_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain table."""
+    table = RichTable(*headings)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def say(text: str) -> None:
+    """One line of result."""
+    out.print(text)
+
+
+def tell(text: str) -> None:
+    """One line about how the work goes."""
+    err.print(text, style="dim")
+
+
+def stream(text: str) -> None:
+    """A piece of generated text, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def fail(message: str) -> None:
+    """The one line of an error."""
+    err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)

@@ -1,0 +1,255 @@
+"""The one core that every command goes through: settings in, stage called, record out."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from kallm_bench.bbh.evaluate import EvalSettings, ask, score
+from kallm_bench.bbh.protocols import find_protocol
+from kallm_bench.bbh.questions import load_questions
+from kallm_bench.bbh.tasks import TASKS
+from kallm_bench.errors import KallmError
+from kallm_bench.files import write_file
+from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, last_key, parameter_count, ref_after
+from kallm_bench.models import KANSpec, complete_spec, load_config, load_model, replaced_modules, save_checkpoint
+from kallm_bench.models import retrofit as retrofit_model
+from kallm_bench.models.sources import cache_folder
+from kallm_bench.profiling import ProfileSettings, flops_per_token, measure
+from kallm_bench.records import Metric, ResultsStore, RunRecord
+from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
+from kallm_bench.suites import Cell, Suite
+from kallm_bench.training import SCOPES, TrainSettings, find_data, parameters_in, prepare, train
+
+
+def retrofit(
+    bench: Bench,
+    ref: ModelRef,
+    spec: KANSpec,
+    out: Path | None = None,
+    *,
+    replace: bool = False,
+    weights_needed: bool = True,
+) -> RunRecord:
+    """Replaces feed-forwards and saves the checkpoint.
+
+    Args:
+        out: its folder; None names one after model, basis, blocks and key below `bench.runs`.
+        replace: whether another checkpoint that stands there may go.
+        weights_needed: whether a record without its weights will not do.
+    """
+    spec = complete_spec(load_config(ref.open()), spec)
+    stage = Stage(bench, "retrofit", {"spec": spec.to_json()}, ref)
+    folder = out or bench.runs / _checkpoint_name(ref.label, spec, stage.key)
+    done = stage.done(weights_needed)
+    if done and (not weights_needed or Path(done.artifacts[0].path).parent == folder):
+        return done
+
+    bench.watch("retrofit", 0, 3, "loading")
+    model, tokenizer = load_model(ref.open(), torch.float32)
+    bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks")
+    retrofit_model(model, spec)
+    bench.watch("retrofit", 2, 3, "saving")
+    same = last_key(folder) == stage.key
+    save_checkpoint(folder, model, tokenizer, lineage=stage.lineage(), replace=replace or same)
+    bench.watch("retrofit", 3, 3)
+    return stage.finish(_size_metrics(model), folder=folder, model=model)
+
+
+def train_model(
+    bench: Bench, ref: ModelRef, settings: TrainSettings, out: Path | None = None, *, replace: bool = False
+) -> RunRecord:
+    """Trains a checkpoint, from where it was stopped, and saves it; zero tokens only measure the held-out loss."""
+    data, heldout = find_data(settings.data), settings.heldout and find_data(settings.heldout)
+    described = dataclasses.asdict(settings) | bench.place
+    described |= {"data": data.fingerprint, "heldout": heldout.fingerprint if heldout else None}
+    stage = Stage(bench, "train", described, ref)
+    folder = out or bench.runs / f"{ref.label}-trained-{stage.key[:8]}"
+    if done := stage.done(weights_needed=True):
+        return done
+
+    def packing(done: int, total: int) -> None:
+        bench.watch("packing conversations", done, total)
+
+    model, tokenizer = load_model(ref.open(), torch.float32, bench.device)
+    rows, kept = prepare(
+        settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing
+    )
+    state = bench.runs / "unfinished" / stage.key
+    result = train(
+        model,
+        rows,
+        kept,
+        settings,
+        state,
+        autocast=bench.autocast,
+        batch_rows=bench.batch_size or (8 if bench.device.type == "cuda" else 4),
+        watch=bench.watch,
+    )
+    metrics = [
+        Metric("heldout_loss", result.heldout_after, n=result.heldout_tokens),
+        Metric("heldout_loss_before", result.heldout_before, n=result.heldout_tokens),
+        Metric("trainable_parameters", result.trainable_parameters),
+        Metric("trained_tokens", settings.steps * settings.rows_per_step * settings.row_length),
+    ]
+    about = {"source": Path(settings.data).name, "fingerprint": data.fingerprint}
+    if settings.steps == 0:
+        return stage.finish(metrics, data=about, model=model)
+    last = result.losses[-max(1, len(result.losses) // 10) :]
+    metrics.append(Metric("train_loss", sum(last) / len(last), n=len(last), samples=result.losses))
+    same = last_key(folder) == stage.key
+    save_checkpoint(folder, model, tokenizer, lineage=stage.lineage(), replace=replace or same)
+    record = stage.finish(metrics, folder=folder, data=about, model=model)
+    shutil.rmtree(state, ignore_errors=True)
+    return record
+
+
+def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
+    """Asks the model BIG-Bench Hard, or questions like it, and scores its answers."""
+    protocol = find_protocol(settings.protocol)
+    questions = load_questions(settings.source, settings.tasks, settings.limit, settings.questions_seed)
+    max_new_tokens = settings.max_new_tokens or protocol.max_new_tokens
+    described = {
+        "protocol": protocol.name,
+        "tasks": list(questions.tasks),
+        "limit": settings.limit,
+        "max_new_tokens": max_new_tokens,
+        "questions": questions.fingerprint,
+        **bench.place,
+    }
+    stage = Stage(bench, "eval-bbh", described, ref)
+    if done := stage.done():
+        return done
+    model, tokenizer = load_model(ref.open(), bench.dtype, bench.device)
+    partial = bench.runs / "unfinished" / f"{stage.key}.jsonl"
+    size = bench.batch_size or (64 if bench.device.type == "cuda" else 16)
+    samples = ask(model, tokenizer, questions, protocol, max_new_tokens, partial, size, bench.watch)
+    about = {"source": questions.source, "fingerprint": questions.fingerprint}
+    record = stage.finish(score(samples, questions), data=about, model=model, samples=samples)
+    partial.unlink(missing_ok=True)
+    return record
+
+
+def profile(bench: Bench, ref: ModelRef, settings: ProfileSettings, *, again: bool = False) -> RunRecord:
+    """Measures what the model costs here. `again` measures anew where a record exists."""
+    stage = Stage(bench, "profile", dataclasses.asdict(settings) | bench.place, ref)
+    if not again and (done := stage.done()):
+        return done
+    source = ref.open()
+    start = time.perf_counter()
+    model, _ = load_model(source, bench.dtype, bench.device)
+    loaded = time.perf_counter() - start
+    metrics = [*_size_metrics(model), Metric("flops_per_token", flops_per_token(model)), Metric("load_seconds", loaded)]
+    tail_from = settings.tail_from
+    for scope in SCOPES if replaced_modules(model) or tail_from is not None else ["all"]:
+        if scope != "replaced" or replaced_modules(model):
+            count = sum(parameter.numel() for parameter in parameters_in(model, scope, tail_from))
+            metrics.append(Metric(f"trainable_parameters/{scope}", count))
+    metrics += measure(model, settings, watch=bench.watch)
+    return stage.finish(metrics, model=model)
+
+
+STAGES = ("retrofit", "train", "eval-bbh", "profile")
+
+
+def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None) -> None:
+    """Runs what of a cell is not done yet: retrofit, training, questions, profile.
+
+    The weights between retrofit and training may be gone once training is done; trained weights that are gone are
+    trained again.
+    """
+    bench = dataclasses.replace(bench, arm=cell.arm, seed=cell.seed)
+    ref = find_ref(cell.model)
+    begin(_part(cell, "retrofit"))
+    if cell.spec is not None:
+        start, spec = ref, cell.spec
+        done = retrofit(bench, start, spec, weights_needed=False)
+        ref = ref_after(done, start, remake=lambda: retrofit(bench, start, spec))
+    begin(_part(cell, "train"))
+    ref = ref_after(train_model(bench, ref, cell.train), ref)
+    begin(_part(cell, "eval-bbh"))
+    eval_bbh(bench, ref, cell.eval)
+    begin(_part(cell, "profile"))
+    profile(bench, ref, cell.profile)
+
+
+def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda part: None) -> dict[str, str]:
+    """Runs every cell that is not done; one that fails does not stop the others.
+
+    Returns:
+        The cells that failed, "arm, seed 0" -> why.
+    """
+    bench = dataclasses.replace(bench, suite=suite.name)
+    failures = {}
+    for cell in suite.cells:
+        try:
+            run_cell(bench, cell, begin)
+        except KallmError as error:
+            failures[f"{cell.arm}, seed {cell.seed}"] = str(error)
+    return failures
+
+
+def plan_of(suite: Suite) -> dict[str, float]:
+    """How much work each stage of each cell is, in tokens forwarded; enough to tell how long the rest will take."""
+    plan = {}
+    for cell in suite.cells:
+        heldout = cell.train.heldout_rows * cell.train.row_length * (2 if cell.train.steps else 1)
+        questions = (cell.eval.limit or 250) * len(cell.eval.tasks or TASKS)
+        shape = cell.profile.batch * cell.profile.length * (cell.profile.repeats + 1)
+        work = {"retrofit": 1000, "train": 3 * cell.train.tokens + heldout, "eval-bbh": 600 * questions}
+        work["profile"] = 10 * shape
+        plan.update({_part(cell, stage): float(work[stage]) for stage in STAGES})
+    return plan
+
+
+def describe_cells(suite: Suite) -> list[tuple[str, str, str, str, str]]:
+    """A line a cell: arm, seed, what is replaced, training tokens, source of the questions."""
+    return [
+        (
+            cell.arm,
+            str(cell.seed),
+            f"{cell.spec.basis}, blocks {cell.spec.blocks}" if cell.spec else "nothing replaced",
+            f"{cell.train.tokens:,}",
+            cell.eval.source or "BIG-Bench Hard",
+        )
+        for cell in suite.cells
+    ]
+
+
+class Report(NamedTuple):
+    """A suite's tables, and the folder that holds them as report.md and report.csv."""
+
+    tables: list[Table]
+    folder: Path
+
+
+def write_report(store: ResultsStore, suite: str, testbed: str) -> Report:
+    """Writes a suite's tables beside its records."""
+    tables = build_tables(store, suite, testbed)
+    folder = store.folder / testbed / suite
+    write_file(folder / "report.md", to_markdown(tables).encode())
+    write_file(folder / "report.csv", to_csv(tables).encode())
+    return Report(tables, folder)
+
+
+def _part(cell: Cell, stage: str) -> str:
+    return f"{cell.arm} seed {cell.seed} {stage}"
+
+
+def _size_metrics(model: PreTrainedModel) -> list[Metric]:
+    replaced = sum(parameter_count(module) for module in replaced_modules(model).values())
+    return [Metric("parameters", parameter_count(model)), Metric("replaced_parameters", replaced)]
+
+
+def _checkpoint_name(model: str, spec: KANSpec, key: str) -> str:
+    blocks = sorted(map(int, spec.blocks))
+    run = f"{blocks[0]}-{blocks[-1]}" if blocks == list(range(blocks[0], blocks[-1] + 1)) else f"{len(blocks)}blocks"
+    basis = "".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in spec.basis)
+    return f"{model}-{basis}-{run}-{key[:8]}"

@@ -1,0 +1,202 @@
+"""How a stage is filed: where it works, which model it starts from, under which key its record is found again.
+
+A stage's key is a hash of its settings, of the record it builds on and of the weights it starts from. Where a record of
+that key exists on this testbed, and what it left behind is still on the disk, the stage is not run again.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kallm_bench.errors import CheckpointError
+from kallm_bench.files import sha256
+from kallm_bench.models import Source, find_model
+from kallm_bench.profiling import environment
+from kallm_bench.progress import Watch, nobody
+from kallm_bench.records import Artifact, Metric, ResultsStore, RunRecord, settings_key
+
+CODE = {"retrofit": 1, "train": 1, "eval-bbh": 1, "profile": 1}
+"""The stages, and the version of each one's code: raise it when a change of code changes results."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where work is done and where it is filed.
+
+    Args:
+        store, testbed: where records go.
+        runs: folder of weights and unfinished work.
+        device, dtype: what computes, and in what; training keeps float32 parameters and computes in `dtype`.
+        suite, arm, seed: what the records are filed under.
+        batch_size: sequences through the model at once; None chooses by device.
+        watch: told of progress.
+    """
+
+    store: ResultsStore
+    testbed: str
+    runs: Path
+    device: torch.device
+    dtype: torch.dtype
+    suite: str = "manual"
+    arm: str = ""
+    seed: int = 0
+    batch_size: int | None = None
+    watch: Watch = nobody
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return None if self.dtype == torch.float32 else self.dtype
+
+    @property
+    def place(self) -> dict[str, str]:
+        """The part of every stage's settings that says on what it computed."""
+        return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model that a stage starts from.
+
+    Args:
+        name: anything find_model takes.
+        fingerprint: of its weights.
+        lineage: {"id", "key", "stage"} of the records that led to it, oldest first.
+        remake: makes the weights again where they are gone.
+    """
+
+    name: str
+    fingerprint: str
+    lineage: tuple[dict[str, str], ...] = ()
+    remake: Callable[[], object] | None = None
+
+    @property
+    def label(self) -> str:
+        """The name without the path to it, for folders and tables."""
+        return Path(self.name).name.removesuffix(".gguf")
+
+    def open(self) -> Source:
+        """The model on the disk; made again where it is missing or changed, if that is known how.
+
+        Raises:
+            CheckpointError: it is not what it was.
+        """
+        if self.remake is not None and not self._is_intact():
+            self.remake()
+        source = find_model(self.name)
+        if source.fingerprint != self.fingerprint:
+            raise CheckpointError(f"{self.name} has changed since it was recorded; its weights are not the same")
+        return source
+
+    def _is_intact(self) -> bool:
+        return Path(self.name).is_dir() and find_model(self.name).fingerprint == self.fingerprint
+
+
+def find_ref(name: str) -> ModelRef:
+    """A model a user named. Raises as find_model does."""
+    source = find_model(name)
+    return ModelRef(name, source.fingerprint, tuple(source.lineage))
+
+
+def ref_after(record: RunRecord, before: ModelRef, remake: Callable[[], object] | None = None) -> ModelRef:
+    """The model that a retrofit or training left, as the next stage's start; `before` itself where it left none."""
+    if not record.artifacts:
+        return before
+    entry = {"id": record.id, "key": record.key, "stage": record.stage}
+    folder = str(Path(record.artifacts[0].path).parent)
+    return ModelRef(folder, record.model["fingerprint"], (*before.lineage, entry), remake)
+
+
+@dataclass
+class Stage:
+    """One stage about to run: its key, and how its record is written.
+
+    Args:
+        bench, ref: where it works and what it starts from.
+        name: a key of CODE.
+        settings: everything that decides its result.
+    """
+
+    bench: Bench
+    name: str
+    settings: dict[str, Any]
+    ref: ModelRef
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def __post_init__(self) -> None:
+        self.settings = {**self.settings, "weights": self.ref.fingerprint}
+        parents = [entry["key"] for entry in self.ref.lineage[-1:]]
+        self.key = settings_key(self.name, CODE[self.name], self.settings, parents, self.ref.fingerprint)
+        self.arm = self.bench.arm or self.ref.label
+        label = f"{self.name}-{self.arm}-s{self.bench.seed}"
+        self.id = f"{self.started:%Y%m%dT%H%M%SZ}-{label}-{self.key[:8]}-{uuid.uuid4().hex[:4]}"
+
+    def done(self, weights_needed: bool = True) -> RunRecord | None:
+        """The record of this very stage, if there is one and what it left behind is still there."""
+        record = self.bench.store.find(self.key, self.bench.testbed)
+        if record is None or (weights_needed and not all(Path(each.path).is_file() for each in record.artifacts)):
+            return None
+        return record
+
+    def lineage(self) -> tuple[dict[str, str], ...]:
+        return (*self.ref.lineage, {"id": self.id, "key": self.key, "stage": self.name})
+
+    def finish(
+        self,
+        metrics: Sequence[Metric],
+        *,
+        model: PreTrainedModel,
+        folder: Path | None = None,
+        data: dict[str, Any] | None = None,
+        samples: Sequence[dict[str, Any]] | None = None,
+    ) -> RunRecord:
+        """Writes the record and returns it."""
+        fingerprint = find_model(str(folder)).fingerprint if folder else self.ref.fingerprint
+        learning = next((metric.value for metric in metrics if metric.name == "trainable_parameters"), None)
+        record = RunRecord(
+            id=self.id,
+            stage=self.name,
+            suite=self.bench.suite,
+            arm=self.arm,
+            seed=self.bench.seed,
+            testbed=self.bench.testbed,
+            started=self.started.isoformat(timespec="seconds"),
+            seconds=round((datetime.now(UTC) - self.started).total_seconds(), 3),
+            parents=tuple(entry["id"] for entry in self.ref.lineage[-1:]),
+            settings=self.settings,
+            key=self.key,
+            model={
+                "source": self.ref.label,
+                "fingerprint": fingerprint,
+                "parameters": parameter_count(model),
+                "trainable_parameters": learning,
+            },
+            data=data or {},
+            metrics=tuple(metrics),
+            environment=environment(self.bench.device),
+            artifacts=_artifacts(folder) if folder else (),
+        )
+        self.bench.store.write(record, samples)
+        return record
+
+
+def _artifacts(folder: Path) -> tuple[Artifact, ...]:
+    return tuple(Artifact(str(path), sha256(path)) for path in sorted(folder.glob("*.safetensors")))
+
+
+def parameter_count(module: torch.nn.Module) -> int:
+    """All values of a module; tied ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def last_key(folder: Path) -> str | None:
+    """The key of the stage that made a checkpoint folder; None where there is none."""
+    lineage = Source(folder.name, folder, "").lineage
+    return lineage[-1]["key"] if lineage else None

@@ -1,0 +1,53 @@
+"""Every metric there is: its unit, which way is better, how it is computed. A record with another name is refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MetricKind:
+    """One row of the table. `better` is "" where neither way is."""
+
+    unit: str
+    better: Literal["higher", "lower", ""]
+    computed: str
+
+
+METRICS: dict[str, MetricKind] = {
+    "parameters": MetricKind("parameters", "lower", "all values of the model; tied ones count once"),
+    "trainable_parameters": MetricKind("parameters", "lower", "values that learn in the training scope"),
+    "replaced_parameters": MetricKind("parameters", "lower", "values of the modules that a retrofit put in"),
+    "heldout_loss": MetricKind("nats/token", "lower", "mean cross-entropy on the assistant's tokens of held-out rows"),
+    "heldout_loss_before": MetricKind("nats/token", "lower", "the same before the first training step"),
+    "train_loss": MetricKind("nats/token", "lower", "mean over the last tenth of the steps; samples: every step"),
+    "trained_tokens": MetricKind("tokens", "", "tokens seen in training, loss-bearing or not"),
+    "accuracy": MetricKind("fraction", "higher", "right answers; without a task: the plain mean over tasks"),
+    "guessing_accuracy": MetricKind("fraction", "", "expected when choosing evenly among the choices listed"),
+    "majority_accuracy": MetricKind("fraction", "", "always the most frequent answer of the task"),
+    "invalid_rate": MetricKind("fraction", "lower", "replies in which no answer could be read"),
+    "forwarded_tokens": MetricKind(
+        "tokens", "lower", "tokens put through the model by an evaluation, padding included"
+    ),
+    "flops_per_token": MetricKind(
+        "FLOP/token", "lower", "2 per weight of each matrix product, forward, no attention scores"
+    ),
+    "load_seconds": MetricKind("s", "lower", "from the disk to a model on its device"),
+    "prefill_tokens_per_second": MetricKind("tokens/s", "higher", "one forward pass over full prompts"),
+    "decode_tokens_per_second": MetricKind(
+        "tokens/s", "higher", "greedy, one token a sequence and step, with a KV cache"
+    ),
+    "train_tokens_per_second": MetricKind("tokens/s", "higher", "forward, backward and optimiser step"),
+    "peak_resident_bytes": MetricKind("bytes", "lower", "largest resident memory of the process during training steps"),
+    "peak_vram_allocated_bytes": MetricKind(
+        "bytes", "lower", "largest GPU memory held by tensors during training steps"
+    ),
+    "peak_vram_reserved_bytes": MetricKind("bytes", "lower", "largest GPU memory held by the allocator, same steps"),
+}
+"""Keyed by name. A name may carry a part after a slash: "accuracy/snarks" is the accuracy on that task."""
+
+
+def kind_of(name: str) -> MetricKind:
+    """The table's row for a metric, whatever follows its slash. KeyError for a name that has none."""
+    return METRICS[name.partition("/")[0]]

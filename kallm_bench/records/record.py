@@ -1,0 +1,128 @@
+"""A record: what one stage did, with what, on which machine, and what came out. One JSON file, never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kallm_bench.errors import RecordError
+from kallm_bench.records.metrics import kind_of
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure.
+
+    Args:
+        name: a key of METRICS, with a part after a slash where there are several of its kind.
+        value: None where it could not be measured; `note` then says why.
+        n: how many observations it rests on.
+        samples: the observations, where they are few enough to keep.
+        note: what a reader should know beside the number, such as a wide spread.
+    """
+
+    name: str
+    value: float | None
+    n: int = 1
+    samples: Sequence[float] = ()
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        unit = kind_of(self.name).unit
+        data = {"name": self.name, "value": self.value, "unit": unit, "n": self.n, "samples": list(self.samples)}
+        return data | ({"note": self.note} if self.note else {})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that a stage left in the runs folder, which is not part of the record's evidence but of the next stage."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One stage of one cell. Fields as in the JSON; see the README for what a reader of the files should know."""
+
+    id: str
+    stage: str
+    suite: str
+    arm: str
+    seed: int
+    testbed: str
+    started: str
+    seconds: float
+    parents: tuple[str, ...]
+    settings: dict[str, Any]
+    key: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    metrics: tuple[Metric, ...]
+    environment: dict[str, Any]
+    artifacts: tuple[Artifact, ...] = ()
+    schema: int = field(default=SCHEMA)
+
+    def value(self, name: str) -> float | None:
+        """The value of the metric called `name`; None where the stage did not measure it."""
+        return next((metric.value for metric in self.metrics if metric.name == name), None)
+
+    def to_json(self) -> str:
+        """The file's text.
+
+        Raises:
+            RecordError: a metric that METRICS does not know, or a number that JSON does not.
+        """
+        for metric in self.metrics:
+            try:
+                kind_of(metric.name)
+            except KeyError:
+                raise RecordError(f"no metric '{metric.name}' in the table of metrics") from None
+            if metric.value is not None and not math.isfinite(metric.value):
+                raise RecordError(f"metric '{metric.name}' is {metric.value}")
+        fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        fields["metrics"] = [metric.to_json() for metric in self.metrics]
+        fields["artifacts"] = [dataclasses.asdict(artifact) for artifact in self.artifacts]
+        ordered = {"schema": fields.pop("schema"), **fields}
+        return json.dumps(ordered, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RunRecord:
+        """The record that `to_json` wrote.
+
+        Raises:
+            RecordError: not a record, or one of another schema; says which.
+        """
+        try:
+            data = json.loads(text)
+            schema = data["schema"]
+            if schema != SCHEMA:
+                raise RecordError(f"written in schema {schema}, this program reads {SCHEMA}")
+            data["metrics"] = tuple(
+                Metric(m["name"], m["value"], m["n"], tuple(m["samples"]), m.get("note", "")) for m in data["metrics"]
+            )
+            data["artifacts"] = tuple(Artifact(**artifact) for artifact in data["artifacts"])
+            data["parents"] = tuple(data["parents"])
+            return cls(**data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"not a record: {error}") from error
+
+
+def settings_key(stage: str, code: int, settings: dict[str, Any], parents: Sequence[str], inputs: str) -> str:
+    """The key under which a stage's result is found again.
+
+    Args:
+        stage, code: the stage and the integer version of its code, raised whenever a change of code changes results.
+        settings: complete, JSON-able.
+        parents: keys of the records it builds on.
+        inputs: fingerprint of the weights it starts from, so that a retrained model never meets old answers.
+    """
+    text = json.dumps([stage, code, settings, list(parents), inputs], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,131 @@
+"""What a table's figures do not say: which questions, which data, which machine, what is missing, what differs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kallm_bench.records import kind_of
+from kallm_bench.reporting.arms import AT_CHANCE, Arm
+
+
+def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], at_chance: bool) -> Iterable[str]:
+    """The notes below a table, the most important first.
+
+    Args:
+        testbed: what testbed.json says.
+        at_chance: whether some row's accuracy is marked as no better than guessing.
+    """
+    yield from _question_notes(arms)
+    yield from _training_notes(arms)
+    if at_chance:
+        yield f"{AT_CHANCE} The interval includes guessing: this score is no evidence of skill."
+    yield from _seed_notes(arms)
+    yield from _missing_controls(arms)
+    yield from _difference_notes(arms)
+    yield from _measurement_notes(arms)
+    yield f"Machine: {_machine(testbed)}." + _code(arms)
+    if suite != "manual":
+        yield f"Run it again: `kallm run {suite}`; this table: `kallm report --suite {suite}`."
+
+
+def _question_notes(arms: Sequence[Arm]) -> Iterable[str]:
+    told = set()
+    for record in (record for arm in arms for record in arm.stages.get("eval-bbh", [])):
+        source, tasks = record.data.get("source"), record.settings["tasks"]
+        n = next(metric.n for metric in record.metrics if metric.name == "accuracy")
+        line = (
+            f"Accuracy: {source}, {n:,} questions of {len(tasks)} tasks, protocol `{record.settings['protocol']}`, "
+            f"greedy, at most {record.settings['max_new_tokens']} new tokens; plain mean over tasks, 95 % bootstrap "
+            "interval over questions."
+        )
+        if source == "procedural":
+            line += " Procedural questions are generated in BIG-Bench Hard's format and are not BIG-Bench Hard."
+        elif len(tasks) < 27:
+            line += f" A subset: {', '.join(tasks)}."
+        if line not in told:
+            told.add(line)
+            yield line
+
+
+def _training_notes(arms: Sequence[Arm]) -> Iterable[str]:
+    told = set()
+    for record in (record for arm in arms for record in arm.stages.get("train", [])):
+        settings, tokens = record.settings, record.value("trained_tokens") or 0
+        if tokens:
+            line = (
+                f"Training: {tokens:,.0f} tokens of {record.data.get('source')} in rows of {settings['row_length']}, "
+                f"{settings['rows_per_step']} a step, peak learning rate {settings['learning_rate']:g}, "
+                f"scope `{settings['scope']}`."
+            )
+            if line not in told:
+                told.add(line)
+                yield line
+    losses = [record for arm in arms for record in arm.stages.get("train", []) if record.value("heldout_loss")]
+    if losses:
+        counts = {next(metric.n for metric in record.metrics if metric.name == "heldout_loss") for record in losses}
+        over = " and ".join(f"{count:,}" for count in sorted(counts))
+        yield f"Held-out loss: {kind_of('heldout_loss').unit}, over {over} tokens."
+
+
+def _seed_notes(arms: Sequence[Arm]) -> Iterable[str]:
+    single = [arm.name for arm in arms if arm.seeds == 1]
+    if single:
+        yield f"One seed only: {', '.join(single)}. Differences between arms say nothing about other seeds."
+
+
+def _missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
+    """Names the controls without which a KAN's row cannot be read."""
+    kans = [arm for arm in arms if arm.spec and arm.spec["basis"] not in ("linear", "drop")]
+    if not kans:
+        return
+    linears = [arm for arm in arms if arm.spec and arm.spec["basis"] == "linear"]
+    missing = []
+    if all(arm.spec for arm in arms):
+        missing.append("the untouched model")
+    if not linears:
+        missing.append("a linear restart")
+    for kan in kans:
+        if not any(abs(linear.replaced_parameters / kan.replaced_parameters - 1) < 0.02 for linear in linears):
+            missing.append(f"a linear control with as many parameters as '{kan.name}'")
+    if missing:
+        yield f"Not in this suite: {'; '.join(missing)}."
+
+
+def _difference_notes(arms: Sequence[Arm]) -> Iterable[str]:
+    """Says in which settings the rows of one table differ, beyond what makes them different arms."""
+    for stage in ("train", "eval-bbh", "profile"):
+        settings = [arm.settings()[stage] for arm in arms if stage in arm.settings()]
+        names = sorted({key for each in settings for key in each})
+        different = [key for key in names if len({json.dumps(each.get(key), sort_keys=True) for each in settings}) > 1]
+        different = [key for key in different if not (stage == "train" and key == "tokens")]
+        if different:
+            yield f"Rows differ in {stage} settings: {', '.join(different)}."
+
+
+def _measurement_notes(arms: Sequence[Arm]) -> Iterable[str]:
+    noted = [
+        f"{arm.name}, {metric.name}: {metric.note}"
+        for arm in arms
+        for record in arm.stages.get("profile", [])
+        for metric in record.metrics
+        if metric.note
+    ]
+    if noted:
+        yield f"Measured with reservations: {'; '.join(noted)}."
+
+
+def _machine(testbed: dict[str, Any]) -> str:
+    gpus = ", ".join(gpu["name"] for gpu in testbed.get("gpus", [])) or "no GPU"
+    cores, memory = testbed.get("cores", "?"), testbed.get("memory_gib", "?")
+    return f"{testbed.get('cpu', 'unknown')}, {cores} cores, {memory} GiB, {gpus}"
+
+
+def _code(arms: Sequence[Arm]) -> str:
+    records = [record for arm in arms for records in arm.stages.values() for record in records]
+    commits = {(record.environment.get("git") or {}).get("commit", "")[:10] for record in records} - {""}
+    devices = {
+        f"{record.settings['device']} in {record.settings['dtype']}" for record in records if "dtype" in record.settings
+    }
+    return f" Computed on {', '.join(sorted(devices))}." + (f" Code: {', '.join(sorted(commits))}." if commits else "")

@@ -1,0 +1,132 @@
+"""Records become tables: one row an arm, means over seeds, intervals where they can be had, notes that say the rest.
+
+Seeds are averaged where data, protocol, device and settings are equal. Where they are not, an arm has several rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kallm_bench.records import ResultsStore, RunRecord
+from kallm_bench.records.statistics import Interval, accuracy_interval, mean_interval
+from kallm_bench.reporting.arms import AT_CHANCE, Arm, variants, what_it_is
+from kallm_bench.reporting.notes import notes
+
+STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("profile", "parameters", "parameters"),
+    ("train", "trainable_parameters", "trained parameters"),
+    ("train", "heldout_loss", "held-out loss"),
+    ("eval-bbh", "accuracy", "accuracy"),
+    ("profile", "prefill_tokens_per_second", "prefill tokens/s"),
+    ("profile", "decode_tokens_per_second", "decode tokens/s"),
+    ("profile", "train_tokens_per_second", "train tokens/s"),
+    ("profile", "peak_vram_allocated_bytes", "peak GPU memory, training"),
+    ("profile", "peak_resident_bytes", "peak memory, training"),
+)
+"""Stage, metric and heading of each column; a column without a single value is left out."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One cell of a table: the mean over seeds, its 95 % interval if there is one, and a mark that a note explains."""
+
+    value: float
+    interval: Interval | None = None
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm, or a line beside the arms such as guessing. `seeds` is 0 where none apply."""
+
+    name: str
+    what: str = ""
+    seeds: int = 0
+    figures: dict[str, Figure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One suite on one testbed. `metrics` are the columns, in order, each with its heading in `headings`."""
+
+    suite: str
+    testbed: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.suite} on {self.testbed}"
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        names = {metric: heading for _, metric, heading in STAGE_COLUMNS}
+        return tuple(names[metric] for metric in self.metrics)
+
+
+def build_tables(store: ResultsStore, suite: str | None = None, testbed: str | None = None) -> list[Table]:
+    """A table for each suite and testbed in the store, or for those named."""
+    groups: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
+    for record in store.records(suite=suite, testbed=testbed):
+        groups[record.testbed, record.suite].append(record)
+    return [_table(store, name, where, records) for (where, name), records in sorted(groups.items())]
+
+
+def _table(store: ResultsStore, suite: str, testbed: str, records: Sequence[RunRecord]) -> Table:
+    arms = [arm for name in dict.fromkeys(record.arm for record in records) for arm in variants(name, records)]
+    rows = [_row(store, arm) for arm in arms]
+    rows += _chance_rows(arms)
+    at_chance = any(figure.mark for row in rows for figure in row.figures.values())
+    below = notes(suite, store.describe(testbed), arms, at_chance)
+    used = {metric for row in rows for metric in row.figures}
+    metrics = tuple(metric for _, metric, _ in STAGE_COLUMNS if metric in used)
+    return Table(suite, testbed, tuple(rows), tuple(below), metrics)
+
+
+def _row(store: ResultsStore, arm: Arm) -> Row:
+    figures = {}
+    for stage, metric, _ in STAGE_COLUMNS:
+        records = arm.stages.get(stage, [])
+        values = [value for record in records if (value := record.value(metric)) is not None]
+        if values:
+            interval = _accuracy_interval(store, records) if metric == "accuracy" else mean_interval(values)
+            figures[metric] = Figure(statistics.fmean(values), interval, _mark(metric, interval, records))
+    return Row(arm.name, what_it_is(arm), arm.seeds, figures)
+
+
+def _mark(metric: str, interval: Interval | None, records: Sequence[RunRecord]) -> str:
+    guessing = records[0].value("guessing_accuracy") if records else None
+    if metric != "accuracy" or interval is None or guessing is None:
+        return ""
+    return AT_CHANCE if interval[0] <= guessing <= interval[1] else ""
+
+
+def _accuracy_interval(store: ResultsStore, records: Sequence[RunRecord]) -> Interval | None:
+    """Over questions, each counted once with its mean over seeds; None where the samples are gone."""
+    answers: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        for sample in store.samples(record):
+            answers[sample["task"]][sample["index"]].append(float(sample["correct"]))
+    if not answers:
+        return None
+    return accuracy_interval(
+        {task: np.array([[statistics.fmean(each) for each in by_index.values()]]) for task, by_index in answers.items()}
+    )
+
+
+def _chance_rows(arms: Sequence[Arm]) -> list[Row]:
+    """What answering without reading gets, for each set of questions asked."""
+    rows = []
+    asked = {record.data.get("fingerprint"): record for arm in arms for record in arm.stages.get("eval-bbh", [])}
+    for record in asked.values():
+        source = f" ({record.data.get('source')})" if len(asked) > 1 else ""
+        for name, metric in (("guessing", "guessing_accuracy"), ("majority answer", "majority_accuracy")):
+            if (value := record.value(metric)) is not None:
+                rows.append(Row(f"{name}{source}", "no model", 0, {"accuracy": Figure(value)}))
+    return rows

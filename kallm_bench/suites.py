@@ -1,0 +1,124 @@
+"""A suite: one TOML file that becomes complete cells, one for each arm and seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kallm_bench.bbh.evaluate import EvalSettings
+from kallm_bench.errors import SuiteError, unknown
+from kallm_bench.models import KANSpec
+from kallm_bench.profiling import ProfileSettings
+from kallm_bench.training import TrainSettings
+
+SECTIONS: dict[str, type] = {"train": TrainSettings, "eval": EvalSettings, "profile": ProfileSettings}
+"""Tables of a suite, and of an arm where it differs, with the settings each one fills."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed: everything its stages need. `spec` is None for an arm with nothing replaced."""
+
+    arm: str
+    seed: int
+    model: str
+    spec: KANSpec | None
+    train: TrainSettings
+    eval: EvalSettings
+    profile: ProfileSettings
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite's name, its one-sentence description, and its cells: all arms of the first seed, then of the next."""
+
+    name: str
+    description: str
+    cells: tuple[Cell, ...]
+
+
+def find_suite(name: str) -> Path:
+    """The file of a suite: a path, or the name of one that ships with kallm. SuiteError where there is none."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for folder in _folders() for path in sorted(folder.glob("*.toml"))}
+    if name in shipped:
+        return shipped[name]
+    raise SuiteError(f"no suite file '{name}'" if name.endswith(".toml") else unknown("suite", name, shipped))
+
+
+def read_suite(path: Path, only: Iterable[str] = (), seeds: Iterable[int] | None = None) -> Suite:
+    """The suite in a TOML file.
+
+    Args:
+        only: names of the arms to keep; none named keeps all.
+        seeds: in place of the file's own.
+
+    Raises:
+        SuiteError: not TOML, an unknown key (with the nearest one), an arm twice, a value of the wrong type.
+        KallmError: a setting that cannot be, as its own dataclass says.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SuiteError(f"{path}: {error}") from error
+    _refuse_unknown(data, {"description", "model", "seeds", "arm", *SECTIONS}, str(path))
+    arms = data.get("arm", [])
+    names = [arm.get("name", "") for arm in arms]
+    if not arms or not all(names) or len(set(names)) < len(names):
+        raise SuiteError(f"{path}: needs [[arm]] tables, each with a 'name' of its own; it has {names}")
+    for name in only:
+        if name not in names:
+            raise SuiteError(unknown("arm", name, names))
+    wanted = [arm for arm in arms if not only or arm["name"] in set(only)]
+    chosen = list(data.get("seeds", [0]) if seeds is None else seeds)
+    cells = tuple(_cell(arm, seed, data, str(path)) for seed in chosen for arm in wanted)
+    return Suite(path.stem, data.get("description", ""), cells)
+
+
+def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], where: str) -> Cell:
+    here = f"{where}, arm '{arm['name']}'"
+    spec_fields = {entry.name for entry in dataclasses.fields(KANSpec)} - {"seed"}
+    _refuse_unknown(arm, {"name", *spec_fields, *SECTIONS}, here)
+    spec = None
+    if "basis" in arm:
+        if "blocks" not in arm:
+            raise SuiteError(f'{here}: has a basis but no blocks; write blocks = "25-29"')
+        spec = KANSpec(seed=seed, **{key: value for key, value in arm.items() if key in spec_fields})
+    settings = {
+        name: _settings(kind, {**suite.get(name, {}), **arm.get(name, {})}, f"{here}, [{name}]")
+        for name, kind in SECTIONS.items()
+    }
+    settings["train"] = dataclasses.replace(settings["train"], seed=seed)
+    return Cell(arm["name"], seed, suite.get("model", "bundled"), spec, **settings)
+
+
+def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
+    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
+    _refuse_unknown(values, set(fields) - {"seed"}, where)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    for key, value in values.items():
+        default = fields[key].default
+        if (
+            default is not None
+            and not isinstance(value, type(default))
+            and not (isinstance(default, float) and isinstance(value, int))
+        ):
+            raise SuiteError(f"{where}: {key} should be like {default!r}, got {value!r}")
+    return kind(**values)
+
+
+def _refuse_unknown(table: dict[str, Any], known: set[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise SuiteError(f"{where}: {unknown('key', key, known)}")
+
+
+def _folders() -> list[Path]:
+    """Where shipped suites lie: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).parent
+    return [package / "_suites", package.parent / "suites"]

@@ -1,0 +1,72 @@
+"""What learns: which parameters a training run may change."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kallm_bench.errors import TrainingError, unknown
+from kallm_bench.models import replaced_modules
+from kallm_bench.models.sites import find_blocks
+
+SCOPES = {
+    "replaced": "the modules a retrofit put in",
+    "tail": "every block from the first replaced one on, and the final norm",
+    "tail+head": "the tail and the language-model head; a tied embedding learns through the head alone",
+    "all": "everything",
+}
+
+
+def parameters_in(model: PreTrainedModel, scope: str, tail_from: int | None = None) -> list[nn.Parameter]:
+    """The parameters that learn in `scope`, each once. Changes nothing.
+
+    Args:
+        scope: a key of SCOPES.
+        tail_from: first block of the tail; None for the first replaced one.
+
+    Raises:
+        TrainingError: unknown scope, or one that needs a replaced block where none is.
+    """
+    if scope not in SCOPES:
+        raise TrainingError(unknown("scope", scope, SCOPES))
+    if scope == "all":
+        return list(model.parameters())
+    replaced = replaced_modules(model)
+    if scope == "replaced" or tail_from is None:
+        if not replaced:
+            raise TrainingError(f"scope '{scope}' needs replaced blocks and this model has none; take --scope all")
+        tail_from = min(replaced)
+    if scope == "replaced":
+        modules: list[nn.Module] = list(replaced.values())
+    else:
+        modules = [*find_blocks(model)[tail_from:], *_after_blocks(model)]
+        if scope == "tail+head":
+            modules.append(model.get_output_embeddings())
+    return list({id(parameter): parameter for module in modules for parameter in module.parameters()}.values())
+
+
+def apply_scope(model: PreTrainedModel, scope: str, tail_from: int | None = None) -> list[nn.Parameter]:
+    """Changes `model` so that only `scope` learns; returns what does. Call the model through its forward afterwards.
+
+    In every scope but "all" the input embedding passes nothing back, so a head tied to it learns as a head only, and
+    no graph is kept for the frozen blocks below the tail.
+    """
+    learning = parameters_in(model, scope, tail_from)
+    model.requires_grad_(False)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    if scope != "all":
+        model.get_input_embeddings().register_forward_hook(_detach)
+    return learning
+
+
+def _detach(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.detach()
+
+
+def _after_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """What a decoder applies after its last block: the norms beside its list of blocks."""
+    blocks = find_blocks(model)
+    decoder = next(module for module in model.modules() if any(child is blocks for child in module.children()))
+    children = list(decoder.children())
+    return [child for child in children[children.index(blocks) + 1 :] if any(True for _ in child.parameters())]
