@@ -14,9 +14,12 @@ from pathlib import Path
 
 from kallm_bench.errors import KallmError
 
-REFUSED = {
+FULL = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than allowed",
+}
+REFUSED = FULL | {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
@@ -24,7 +27,6 @@ REFUSED = {
     errno.EEXIST: "something else stands there",
     errno.ENOENT: "part of the path does not exist",
     errno.EISDIR: "it is a folder",
-    errno.EFBIG: "the file would be larger than allowed",
 }
 """What the system may answer to a write, in words. Any other answer is unexpected and keeps its traceback."""
 
@@ -34,12 +36,12 @@ class DiskError(KallmError):
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns the system's refusals to write at `path` into one line. Others pass."""
+def explained(path: Path, only_full: bool = False) -> Iterator[None]:
+    """Turns the system's refusals to write at `path`, or only those of a full disk, into one line. Others pass."""
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno not in (FULL if only_full else REFUSED):
             raise
         raise DiskError(f"cannot write {path}: {REFUSED[error.errno]}") from error
 
@@ -78,7 +80,7 @@ def new_folder(path: Path, *, replace: bool = False, needed_bytes: int = 0) -> I
         DiskError: `path` exists and may not be replaced; too little space; or the disk refused.
     """
     path = path.absolute()
-    if path.exists() and not replace:
+    if path.exists() and not (replace and path.is_dir()):
         raise DiskError(f"{path} exists; pass --force to replace it, or another --out")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,30 +90,31 @@ def new_folder(path: Path, *, replace: bool = False, needed_bytes: int = 0) -> I
                 f"cannot write {path}: it needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
             )
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
-        try:
+    try:
+        with explained(path, only_full=True):
             yield temporary
-            temporary.chmod(0o755)
-            _sync_tree(temporary)
-            if path.exists():
-                old = temporary.with_suffix(".old")
-                path.rename(old)
-                temporary.rename(path)
-                shutil.rmtree(old)
-            else:
-                temporary.rename(path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        with explained(path):
+            _settle(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _settle(temporary: Path, path: Path) -> None:
+    """Makes a finished folder readable to all and safe on the disk, then gives it its name."""
+    temporary.chmod(0o755)
+    for each in temporary.rglob("*"):
+        if each.is_file():
+            each.chmod(0o644)
+            with each.open("rb") as file:
+                os.fsync(file.fileno())
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = temporary.with_suffix(".old")
+    path.rename(old)
+    temporary.rename(path)
+    shutil.rmtree(old)
 
 
 def sha256(path: Path) -> str:

@@ -18,11 +18,7 @@ import string
 from kallm_bench.bbh.tasks import TASKS, Question
 
 _PUNCTUATION = re.escape(string.punctuation)
-_LONE_LETTER = re.compile(
-    r"(?<![^\s\"'*])"  # at the start, or after a space, a quotation mark or a star
-    r"([A-Z])"
-    r"(?:[.)](?![^\s\"'*])|(?=[\"'*]*(?:\s|$)))"  # "X." or "X)" or X, then a space or the end
-)
+_LONE_LETTER = re.compile(r"(?<![^\s\"'*])([A-Z])(?=[\s\"'*.,:;!?)]|$)")
 _ARTICLE_OR_PRONOUN = re.compile(r"[AI]\s+[a-z']")
 """'A dog', 'I think': an A or I that begins a phrase is a word, not an option."""
 
@@ -48,8 +44,7 @@ def _read_option(options: dict[str, str], reply: str) -> str | None:
     if in_parentheses := re.search(r"\(([A-Z])\)", reply):
         return in_parentheses.group(0)
     for lone in _LONE_LETTER.finditer(reply):
-        bare = lone.group(0) == lone.group(1)
-        if f"({lone.group(1)})" in options and not (bare and _ARTICLE_OR_PRONOUN.match(reply, lone.start())):
+        if f"({lone.group(1)})" in options and not _ARTICLE_OR_PRONOUN.match(reply, lone.start()):
             return f"({lone.group(1)})"
     contained = [letter for letter, text in options.items() if text and _stands_whole(text, reply)]
     return max(contained, key=lambda letter: len(options[letter]), default=None)

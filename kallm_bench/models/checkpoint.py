@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from kallm_bench.files import new_folder
+from kallm_bench.files import DiskError, new_folder
 from kallm_bench.models.modeling import specs_of
-from kallm_bench.models.sources import find_model, load_model
+from kallm_bench.models.sources import find_model, load_model, quiet_transformers
 
 
 def save_checkpoint(
@@ -35,9 +36,13 @@ def save_checkpoint(
     Raises:
         DiskError: the folder exists, or the disk refused; nothing is left behind.
     """
+    quiet_transformers()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with new_folder(Path(folder), replace=replace, needed_bytes=size) as temporary:
-        model.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:  # it wraps the system's refusal in a type of its own
+            raise DiskError(f"cannot write {folder}: {error}") from error
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / "kallm.json").write_text(json.dumps({"lineage": list(lineage)}, indent=2) + "\n")

@@ -53,7 +53,6 @@ class KallmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is no
             retrofits=retrofits,
             architectures=["KallmForCausalLM"],
             dtype=base.get("dtype"),
-            tie_word_embeddings=base.get("tie_word_embeddings", False),
         )
 
 
@@ -132,7 +131,6 @@ def _without_defaults(text: str) -> str:
         "model_type",
         "architectures",
         "dtype",
-        "tie_word_embeddings",
         "base_config",
         "retrofits",
         "transformers_version",

@@ -9,19 +9,29 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from kallm_bench.errors import SpecError
 from kallm_bench.kan import BASES, KANFeedForward
 from kallm_bench.models.sites import NoFeedForward, find_sites, intermediate_size
 from kallm_bench.models.spec import KANSpec
 
 
-def complete(spec: KANSpec, original: nn.Module, hidden_size: int) -> KANSpec:
-    """The spec with every default written out, so that it means the same when defaults change."""
+def complete(spec: KANSpec, originals: list[nn.Module], hidden_size: int) -> KANSpec:
+    """A resolved spec with every default written out, so that it means the same when defaults change.
+
+    Args:
+        originals: the untouched feed-forward of every block of the model.
+
+    Raises:
+        SpecError: a "stack" without `hidden`, in blocks that differ in their inner width.
+    """
     degree, hidden = spec.degree, spec.hidden
     if spec.is_basis and degree is None and "degree" in BASES[spec.family].arguments() and "degree=" not in spec.basis:
         degree = BASES[spec.family].arguments()["degree"].default
-    if hidden is None and (spec.basis == "linear" or (spec.is_basis and spec.form == "stack")):
-        inner = intermediate_size(original, hidden_size)
-        hidden = inner if spec.basis == "linear" else inner // 4
+    if hidden is None and spec.is_basis and spec.form == "stack":
+        widths = {intermediate_size(originals[int(block)], hidden_size) for block in spec.blocks}
+        if len(widths) > 1:
+            raise SpecError(f"the blocks' inner widths differ ({sorted(widths)}); pass hidden")
+        hidden = widths.pop() // 4
     return dataclasses.replace(spec, degree=degree, hidden=hidden)
 
 
@@ -45,7 +55,7 @@ def install(model: PreTrainedModel, specs: list[KANSpec]) -> None:
     """Changes `model`, whose feed-forwards are all original, into the shape that `specs` left behind."""
     sites = find_sites(model)
     width = model.config.get_text_config(decoder=True).hidden_size
-    for block, spec in winning_specs(specs).items():
+    for block, spec in winning_specs([spec.resolved(len(sites)) for spec in specs]).items():
         sites[block].replace(make_replacement(sites[block].module, width, spec))
 
 

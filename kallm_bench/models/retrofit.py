@@ -32,7 +32,7 @@ def retrofit(model: PreTrainedModel, spec: KANSpec) -> KANSpec:
     sites = find_sites(model)
     text_config = model.config.get_text_config(decoder=True)
     originals = _original_feedforwards(model.config, original_class(model))
-    spec = complete(spec.resolved(len(sites)), originals[0], text_config.hidden_size)
+    spec = complete(spec.resolved(len(sites)), originals, text_config.hidden_size)
     deviation = getattr(text_config, "initializer_range", 0.02)
 
     replacements: dict[int, nn.Module] = {}
@@ -53,7 +53,7 @@ def retrofit(model: PreTrainedModel, spec: KANSpec) -> KANSpec:
 def complete_spec(config: PreTrainedConfig, spec: KANSpec) -> KANSpec:
     """What `retrofit` would return for a model of this configuration; needs no weights and changes nothing."""
     originals = _original_feedforwards(config, _architecture(config))
-    return complete(spec.resolved(len(originals)), originals[0], config.get_text_config(decoder=True).hidden_size)
+    return complete(spec.resolved(len(originals)), originals, config.get_text_config(decoder=True).hidden_size)
 
 
 def replaced_modules(model: PreTrainedModel) -> dict[int, nn.Module]:

@@ -52,7 +52,9 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    outer = [candidate for candidate in lists if len({type(block) for block in candidate}) == 1]
+    lists = [candidate for candidate in lists if len({type(block) for block in candidate}) == 1]
+    inner = {part for candidate in lists for part in candidate.modules() if part is not candidate}
+    outer = [candidate for candidate in lists if candidate not in inner]
     if len(outer) != 1:
         raise SpecError(f"{type(model).__name__}: found {len(outer)} lists of {count} equal blocks, need one")
     return outer[0]
@@ -97,7 +99,10 @@ def _is_feedforward(module: nn.Module, width: int) -> bool:
     fits = any(_inputs(layer) == width for layer in layers) and any(_outputs(layer) == width for layer in layers)
     takes = inspect.signature(module.forward).parameters
     attends = any("attention" in name or "past" in name or "position" in name for name in takes)
-    return fits and not attends
+    needed = [
+        name for name, taken in takes.items() if taken.default is taken.empty and taken.kind < taken.VAR_POSITIONAL
+    ]
+    return fits and not attends and len(needed) == 1
 
 
 def _linear_layers(module: nn.Module) -> list[nn.Module]:

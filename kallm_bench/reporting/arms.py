@@ -90,7 +90,8 @@ def what_it_is(arm: Arm) -> str:
     if spec["basis"] == "drop":
         return f"no feed-forward in {blocks}"
     if spec["basis"] == "linear":
-        return f"linear restart, hidden {spec['hidden']}, {blocks}"
+        hidden = f"hidden {spec['hidden']}" if spec["hidden"] else "full width"
+        return f"linear restart, {hidden}, {blocks}"
     degree = f" degree {spec['degree']}" if spec["degree"] is not None else ""
     hidden = f", hidden {spec['hidden']}" if spec["hidden"] else ""
     per_edge = ", constant per edge" if spec["constant"] == "edge" else ""

@@ -309,7 +309,9 @@ def _pack(
         for (_, spans), document in zip(rendered, cut, strict=True):
             learn = np.zeros(len(document.ids), dtype=np.uint8)
             for first, last in spans:
-                learn[document.char_to_token(first) : document.char_to_token(last - 1) + 1] = LEARN
+                begin = document.char_to_token(first)
+                begin += document.token_to_chars(begin)[0] < first  # a token that began in the prompt is not learned
+                learn[begin : document.char_to_token(last - 1) + 1] = LEARN
             learn[0] |= FIRST
             tokens.append(np.array(document.ids, dtype=kind))
             flags.append(learn)

@@ -198,8 +198,8 @@ class _State:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensors[f"value.{name}"] = parameter.detach().contiguous()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}.{name}"] = self.optimiser.state[parameter][moment].contiguous()
+            for moment, tensor in self.optimiser.state[parameter].items():
+                tensors[f"{moment}.{name}"] = tensor.contiguous()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with new_folder(self.folder / f"step-{self.step:08d}", replace=True, needed_bytes=size) as temporary:
             save_file(tensors, temporary / "state.safetensors")
@@ -220,11 +220,10 @@ class _State:
         tensors = load_file(saved[-1] / "state.safetensors")
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"value.{name}"])
-            self.optimiser.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
-            }
+            for moment in ("exp_avg", "exp_avg_sq", "step"):
+                if f"{moment}.{name}" in tensors:
+                    device = "cpu" if moment == "step" else parameter.device  # where AdamW keeps each
+                    self.optimiser.state[parameter][moment] = tensors[f"{moment}.{name}"].to(device)
 
 
 def _step(
@@ -242,9 +241,12 @@ def _step(
     state.set_rate()
     torch.manual_seed(state.settings.seed * 1_000_003 + state.step)  # dropout, in models that have it
     batches = list(_batches(rows, numbers, batch_rows, model.device))
-    count = max(1, sum(int((batch["targets"] != IGNORE).sum()) for batch in batches))
+    bearing = [batch for batch in batches if (batch["targets"] != IGNORE).any()]
+    if not bearing:  # short rows may hold nobody's answer; the step then changes nothing
+        return state.losses[-1] if state.losses else 0.0
+    count = sum(int((batch["targets"] != IGNORE).sum()) for batch in bearing)
     total = 0.0
-    for batch in batches:
+    for batch in bearing:
         with precision:
             loss, _ = loss_sum(model, batch)
         torch.autograd.backward(loss / count)

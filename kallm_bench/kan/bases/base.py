@@ -83,6 +83,8 @@ def _read_arguments(family: str, text: str) -> dict[str, float]:
     arguments: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
+        if key.strip() in arguments:
+            raise SpecError(f"{family}: {key.strip()} is given twice in '{text}'")
         try:
             arguments[key.strip()] = float(value) if set(value) & set(".e") else int(value)
         except ValueError:

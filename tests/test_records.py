@@ -1,0 +1,239 @@
+"""Records and their store: whole or not at all, never changed, found again by what made them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kallm_bench.errors import RecordError
+from kallm_bench.files import DiskError, write_file
+from kallm_bench.records import METRICS, Artifact, Metric, ResultsStore, RunRecord, settings_key
+from kallm_bench.records.statistics import accuracy_interval, mean_interval
+
+MACHINE = {"cpu": "a processor", "cores": 2, "memory_gib": 24, "gpus": [], "system": "Linux"}
+
+
+def a_record(number: int = 0, **changes: object) -> RunRecord:
+    record = RunRecord(
+        id=f"20260101T0000{number:02d}Z-profile-kan-s0-{number:08x}",
+        stage="profile",
+        suite="try",
+        arm="kan",
+        seed=0,
+        testbed="local-0",
+        started=f"2026-01-01T00:00:{number:02d}+00:00",
+        seconds=1.5,
+        parents=("before",),
+        settings={"batch": 4, "weights": "abc"},
+        key=f"{number:064x}",
+        model={"source": "bundled", "fingerprint": "abc", "parameters": 10, "trainable_parameters": None},
+        data={},
+        metrics=(Metric("parameters", 10), Metric("load_seconds", 0.1, n=3, samples=(0.1, 0.1, 0.2), note="noisy")),
+        environment={"python": "3.11"},
+        artifacts=(Artifact("runs/x/model.safetensors", "00"),),
+    )
+    return dataclasses.replace(record, **changes)  # type: ignore[arg-type]
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    record = a_record()
+    path = store.write(record, samples=[{"task": "snarks", "reply": "né"}])
+    assert path == tmp_path / "local-0" / "try" / f"{record.id}.json"
+    (read,) = store.records()
+    assert read.to_json() == record.to_json()
+    assert store.samples(read) == [{"task": "snarks", "reply": "né"}]
+    units = {metric["name"]: metric["unit"] for metric in json.loads(path.read_text())["metrics"]}
+    assert units == {"parameters": "parameters", "load_seconds": "s"}
+    with pytest.raises(RecordError, match="never rewritten"):
+        store.write(record)
+
+
+def test_the_newest_record_of_a_key_is_found(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    older, newer = a_record(1, key="k"), a_record(2, key="k")
+    store.write(newer)
+    store.write(older)
+    assert store.find("k", "local-0") == newer
+    assert store.find("k", "local-1") is None
+    assert store.find("other", "local-0") is None
+
+
+def test_the_key_depends_on_everything_that_matters() -> None:
+    base = ("train", 1, {"a": 1, "b": [2]}, ["p"], "weights")
+    keys = [
+        settings_key(*base),
+        settings_key("profile", *base[1:]),
+        settings_key("train", 2, *base[2:]),
+        settings_key("train", 1, {"a": 1, "b": [3]}, ["p"], "weights"),
+        settings_key("train", 1, {"a": 1, "b": [2]}, ["q"], "weights"),
+        settings_key("train", 1, {"a": 1, "b": [2]}, ["p"], "others"),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert settings_key("train", 1, {"b": [2], "a": 1}, ["p"], "weights") == keys[0]
+
+
+def test_what_does_not_belong_in_a_record_is_refused(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    with pytest.raises(RecordError, match="no metric 'speed'"):
+        store.write(a_record(metrics=(Metric("speed", 1.0),)))
+    with pytest.raises(RecordError, match="nan"):
+        store.write(a_record(metrics=(Metric("accuracy", float("nan")),)))
+    assert list(tmp_path.glob("**/*.json")) == []
+
+
+def test_damaged_and_newer_records_are_set_aside_by_name(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    good = store.write(a_record())
+    newer = json.loads(good.read_text()) | {"schema": 99}
+    for name, text in {"cut": good.read_text()[:50], "newer": json.dumps(newer), "other": "[]"}.items():
+        (good.parent / f"{name}.json").write_text(text)
+    assert len(store.records()) == 1
+    reasons = {path.stem: reason for path, reason in store.damaged}
+    assert set(reasons) == {"cut", "newer", "other"}
+    assert "schema 99" in reasons["newer"]
+
+
+def test_merging_two_stores_is_copying_files(tmp_path: Path) -> None:
+    one, two = ResultsStore(tmp_path / "one"), ResultsStore(tmp_path / "two")
+    one.write(a_record(1))
+    two.write(a_record(2, testbed="local-1"))
+    shutil.copytree(two.folder, one.folder, dirs_exist_ok=True)
+    assert [record.testbed for record in one.records()] == ["local-0", "local-1"]
+
+
+def test_a_testbed_is_known_again_and_keeps_its_records_when_named(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    name = store.testbed(MACHINE)
+    assert name.startswith("local-")
+    assert store.testbed(MACHINE) == name
+    assert store.testbed(MACHINE | {"cores": 4}) != name
+    store.write(a_record(testbed=name))
+    assert store.name_testbed(MACHINE, "desk") == "desk"
+    assert store.testbed(MACHINE) == "desk"
+    assert [record.testbed for record in store.records()] == ["desk"]
+    assert store.find(a_record().key, "desk") is not None
+    for bad in ("Desk top", "local-x", "../up", ""):
+        with pytest.raises(RecordError, match="cannot name"):
+            store.name_testbed(MACHINE, bad)
+    with pytest.raises(RecordError, match="another testbed"):
+        store.name_testbed(MACHINE | {"cores": 4}, "desk")
+
+
+def test_a_store_that_cannot_be_written_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match="part of the path is a file"):
+        ResultsStore(tmp_path / "file" / "results").testbed(MACHINE)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    """A file-size limit stands in for the disk's end: the write fails half-way, for real."""
+    program = f"""
+import resource, signal
+from pathlib import Path
+from kallm_bench.files import DiskError, write_file
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path({str(tmp_path / "record.json")!r})
+write_file(path, b"old")
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    write_file(path, b"x" * 1_000_000)
+except DiskError as error:
+    print(error)
+assert path.read_bytes() == b"old"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "cannot write" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_killed_while_writing_it_leaves_whole_records_only(tmp_path: Path) -> None:
+    """Twenty kills at random moments of a process that writes without pause."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_records import a_record
+from kallm_bench.records import ResultsStore
+store = ResultsStore({str(tmp_path)!r})
+start = int(sys.argv[1])
+print("ready", flush=True)
+for number in range(start, start + 10_000):
+    store.write(a_record(id=f"r{{number:08d}}", key=str(number)), samples=[{{"n": number}}] * 50)
+    print(number, flush=True)
+"""
+    generator = np.random.default_rng(0)
+    finished: list[int] = []
+    for kill in range(20):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(kill * 10_000)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(float(generator.uniform(0.0, 0.05)))
+        process.send_signal(signal.SIGKILL)
+        finished += [int(line) for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
+        process.wait()
+        process.stdout.close()
+    store = ResultsStore(tmp_path)
+    written = {int(record.key): record for record in store.records()}
+    assert store.damaged == []
+    assert set(finished) <= set(written)
+    assert len(finished) > 20
+    assert all(len(store.samples(record)) == 50 for record in written.values())
+
+
+def test_an_interrupted_write_removes_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_file(tmp_path / "x", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_metric_says_its_unit_and_how_it_is_computed() -> None:
+    for name, kind in METRICS.items():
+        assert kind.unit, name
+        assert kind.computed, name
+        assert "/" not in name
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    values = [2.389, 2.391, 2.398]
+    low, high = mean_interval(values) or (0, 0)
+    expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert (low, high) == pytest.approx(expected)
+    assert mean_interval([1.0]) is None
+
+
+def test_the_bootstrap_interval_covers_as_often_as_it_says() -> None:
+    """Simulated: 300 evaluations of three tasks with known skill; the 95 % interval misses about 5 % of the time."""
+    generator = np.random.default_rng(1)
+    skill = {"a": 0.3, "b": 0.5, "c": 0.7}
+    truth = sum(skill.values()) / 3
+    misses = 0
+    for _ in range(300):
+        correct = {task: generator.random((1, 100)) < share for task, share in skill.items()}
+        low, high = accuracy_interval(correct, replicates=1000)
+        misses += not low <= truth <= high
+    assert 300 * 0.02 <= misses <= 300 * 0.09
+
+
+def test_seeds_are_no_new_questions() -> None:
+    """The same answers from three seeds say no more than from one: the interval stays as wide."""
+    answers = (np.arange(100) % 2 == 0)[None]
+    one = accuracy_interval({"task": answers})
+    assert accuracy_interval({"task": np.repeat(answers, 3, axis=0)}) == one
+    assert 0.17 < one[1] - one[0] < 0.22  # 2 × 1.96 × √(0.25 / 100)

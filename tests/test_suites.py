@@ -1,0 +1,72 @@
+"""Suites: every shipped one reads, and one that is wrong is refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kallm_bench.errors import KallmError, SuiteError
+from kallm_bench.models import KANSpec
+from kallm_bench.suites import find_suite, read_suite
+
+SHIPPED = sorted((Path(__file__).parent.parent / "suites").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_suite_reads(path: Path) -> None:
+    suite = read_suite(path)
+    assert suite.name == path.stem
+    assert suite.description
+    assert find_suite(path.stem) == path
+    assert len({(cell.arm, cell.seed) for cell in suite.cells}) == len(suite.cells) > 0
+
+
+def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) -> None:
+    path = tmp_path / "try.toml"
+    path.write_text(
+        'seeds = [0, 1]\n[train]\ntokens = 5000\nrow_length = 100\nrows_per_step = 1\n[eval]\ntasks = ["snarks"]\n'
+        '[[arm]]\nname = "plain"\ntrain.tokens = 0\n[[arm]]\nname = "kan"\nbasis = "cheby2"\nblocks = "last:2"\n'
+    )
+    suite = read_suite(path)
+    assert [(cell.arm, cell.seed, cell.train.tokens) for cell in suite.cells] == [
+        ("plain", 0, 0),
+        ("kan", 0, 5000),
+        ("plain", 1, 0),
+        ("kan", 1, 5000),
+    ]
+    assert suite.cells[3].spec == KANSpec("last:2", "cheby2", seed=1)
+    assert suite.cells[3].train.seed == 1
+    assert suite.cells[0].eval.tasks == ("snarks",)
+    assert [cell.seed for cell in read_suite(path, only=["kan"], seeds=[7]).cells] == [7]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[[arm]\n", "line 1"),
+        ('modl = "x"\n[[arm]]\nname = "a"\n', "Did you mean 'model'"),
+        ("", "needs .* tables"),
+        ('[[arm]]\nname = "a"\n[[arm]]\nname = "a"\n', "a 'name' of its own"),
+        ('[[arm]]\nname = "a"\nbasis = "cheby2"\n', "no blocks"),
+        ('[[arm]]\nname = "a"\nbasis = "chebby2"\nblocks = "1"\n', "Did you mean 'cheby2'"),
+        ('[[arm]]\nname = "a"\ntrain.token = 5\n', "Did you mean 'tokens'"),
+        ('[[arm]]\nname = "a"\ntrain.tokens = "many"\n', "tokens should be like"),
+        ('[[arm]]\nname = "a"\ntrain.seed = 5\n', "no key 'seed'"),
+    ],
+)
+def test_a_wrong_suite_is_refused_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(KallmError, match=says) as error:
+        read_suite(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_suite_that_is_not_there_gets_the_nearest_name() -> None:
+    with pytest.raises(SuiteError, match="Did you mean 'quickstart'"):
+        find_suite("quikstart")
+    with pytest.raises(SuiteError, match="no suite file 'gone"):
+        find_suite("gone.toml")
+    with pytest.raises(SuiteError, match="Did you mean 'kan'"):
+        read_suite(find_suite("quickstart"), only=["kam"])

@@ -1,0 +1,257 @@
+"""Training: what is packed, what learns, and that a stopped run ends with the same bits."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kallm_bench.errors import DataError, Interrupted, TrainingError
+from kallm_bench.models import KANSpec, retrofit
+from kallm_bench.training import SCOPES, TrainSettings, apply_scope, parameters_in, prepare, train
+from kallm_bench.training.data import IGNORE, Template
+from kallm_bench.training.loss import loss_sum
+
+CHAT = [
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, how are you?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "3 + 3?"},
+        {"role": "assistant", "content": "\n6, I think"},
+    ],
+]
+SMALL = TrainSettings(tokens=8 * 2 * 32, row_length=32, rows_per_step=2, scope="tail", heldout_rows=4)
+
+
+def write_chat(path: Path, conversations: list[list[dict[str, str]]]) -> str:
+    text = "".join(json.dumps({"messages": conversation}) + "\n" for conversation in conversations)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture
+def rows(bundled_tokenizer: Any, tmp_path: Path) -> Any:
+    source = write_chat(tmp_path / "chat.jsonl", CHAT * 40)
+    return prepare(source, bundled_tokenizer, 32, tmp_path / "cache")
+
+
+def test_only_the_assistants_words_and_their_end_bear_loss(bundled_tokenizer: Any, tmp_path: Path) -> None:
+    source = write_chat(tmp_path / "one.jsonl.gz", CHAT[1:] * 3)
+    packed, _ = prepare(source, bundled_tokenizer, 50, tmp_path / "cache", heldout=source)
+    batch = packed.batch(range(len(packed)))
+    learned = batch["targets"][batch["targets"] != IGNORE]
+    assert bundled_tokenizer.decode(learned).startswith(
+        "4<|im_end|>6, I think<|im_end|>"
+    )  # the line break began before
+    follows = batch["input_ids"].roll(-1, dims=1)
+    assert torch.equal(batch["targets"][batch["targets"] != IGNORE], follows[batch["targets"] != IGNORE])
+
+
+def test_nothing_is_lost_or_invented_in_packing(bundled_tokenizer: Any, tmp_path: Path) -> None:
+    source = write_chat(tmp_path / "chat.jsonl", CHAT * 5)
+    packed, _ = prepare(source, bundled_tokenizer, 16, tmp_path / "cache", heldout=source)
+    template = Template(bundled_tokenizer)
+    whole = [
+        token
+        for conversation in CHAT * 5
+        for token in bundled_tokenizer(template.spans(conversation)[0], add_special_tokens=False)["input_ids"]
+    ]
+    assert packed.tokens.reshape(-1).tolist() == whole[: packed.tokens.size]
+    assert len(whole) - packed.tokens.size < 16
+
+
+def test_packed_documents_neither_see_nor_shift_each_other(
+    tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path
+) -> None:
+    """The loss of two conversations in one row is the sum of their losses alone."""
+    model = tiny_llama()
+    template = Template(bundled_tokenizer)
+    lengths = [len(bundled_tokenizer(template.spans(one)[0], add_special_tokens=False)["input_ids"]) for one in CHAT]
+    source = write_chat(tmp_path / "both.jsonl", CHAT)
+    packed, _ = prepare(source, bundled_tokenizer, sum(lengths), tmp_path / "cache", heldout=source)
+    together, tokens = loss_sum(model, packed.batch([0]))
+    alone = torch.zeros(())
+    for number, one in enumerate(CHAT):
+        text, spans = template.spans(one)
+        cut = bundled_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        bears = [any(first <= begin < last for first, last in spans) for begin, _ in cut["offset_mapping"]]
+        logits = model(torch.tensor([cut["input_ids"]])).logits[0, :-1]
+        targets = torch.tensor(cut["input_ids"][1:])
+        mask = torch.tensor(bears[1:])
+        alone = alone + F.cross_entropy(logits[mask], targets[mask], reduction="sum")
+        tokens -= int(mask.sum())
+        assert lengths[number] == len(cut["input_ids"])
+    assert tokens == 0
+    assert float(together.detach()) == pytest.approx(float(alone.detach()), rel=1e-5)
+
+
+def test_heldout_conversations_are_never_trained_on(bundled_tokenizer: Any, tmp_path: Path) -> None:
+    talk = [
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": f"number {n} " * 20}] for n in range(200)
+    ]
+    source = write_chat(tmp_path / "chat.jsonl", talk)
+    learned, kept = prepare(source, bundled_tokenizer, 64, tmp_path / "cache")
+    held_out = bundled_tokenizer.decode(np.concatenate(kept.tokens))
+    trained = bundled_tokenizer.decode(np.concatenate(learned.tokens))
+    assert "number 50 " in held_out
+    assert "number 50 " not in trained
+    assert "number 51 " in trained
+
+
+def test_every_broken_line_is_named(bundled_tokenizer: Any, tmp_path: Path) -> None:
+    def refusal(text: str, name: str = "bad.jsonl", row_length: int = 16) -> str:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError) as error:
+            prepare(str(tmp_path / name), bundled_tokenizer, row_length, tmp_path / "cache", heldout="bundled")
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    good = json.dumps({"messages": CHAT[0]}) + "\n"
+    assert "line 2: not JSON" in refusal(good + "{oops\n")
+    assert "line 2: needs" in refusal(good + '{"text": "no messages"}\n')
+    assert "line 1: role 'tool'" in refusal('{"messages": [{"role": "tool", "content": "x"}]}\n')
+    assert "line 1: a message needs" in refusal('{"messages": [{"role": "user"}]}\n')
+    assert "no conversations" in refusal("")
+    assert "do not fill a row" in refusal(good, "short.jsonl", row_length=500)
+    with pytest.raises(DataError, match="no data file"):
+        prepare("gone.jsonl", bundled_tokenizer, 16, tmp_path)
+    assert not list((tmp_path / "cache").glob("**/*.partial"))
+
+
+def test_scopes_learn_what_they_say(tiny_llama: Any) -> None:
+    model = tiny_llama()
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scopes = {scope: {names[id(p)] for p in parameters_in(model, scope)} for scope in SCOPES}
+    assert all("mlp.layers" in name for name in scopes["replaced"])
+    assert {name.split(".")[2] for name in scopes["tail"] if "layers" in name} == {"2", "3"}
+    assert scopes["tail"] - scopes["replaced"] >= {"model.norm.weight"}
+    assert scopes["tail+head"] - scopes["tail"] == {"model.embed_tokens.weight"}
+    assert scopes["all"] == set(names.values())
+    with pytest.raises(TrainingError, match="needs replaced blocks"):
+        parameters_in(tiny_llama(), "tail")
+    with pytest.raises(TrainingError, match="Did you mean 'tail'"):
+        parameters_in(model, "tial")
+
+
+def test_a_tied_embedding_learns_through_the_head_alone(tiny_llama: Any, rows: Any) -> None:
+    model = tiny_llama()
+    retrofit(model, KANSpec("3", "cheby2"))
+    batch = rows[0].batch([0, 1])
+    weight = model.get_input_embeddings().weight
+    apply_scope(model, "tail+head")
+    (gradient,) = torch.autograd.grad(loss_sum(model, batch)[0], [weight])
+
+    hidden = model.get_decoder()(input_ids=batch["input_ids"], position_ids=batch["position_ids"])[0]
+    bears = batch["targets"] != IGNORE
+    loss = F.cross_entropy(hidden[bears].detach() @ weight.T, batch["targets"][bears], reduction="sum")
+    (head_only,) = torch.autograd.grad(loss, [weight])
+    torch.testing.assert_close(gradient, head_only)
+
+
+@pytest.mark.parametrize("basis", ["linear", "cheby2"])
+def test_training_lowers_the_loss_and_touches_its_scope_alone(
+    tiny_llama: Any, rows: Any, tmp_path: Path, basis: str
+) -> None:
+    model = tiny_llama()
+    retrofit(model, KANSpec("2-3", basis))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    learning = {id(parameter) for parameter in parameters_in(model, "tail")}
+    learned = {name for name, parameter in model.named_parameters() if id(parameter) in learning}
+    settings = TrainSettings(tokens=30 * 64, row_length=32, rows_per_step=2, learning_rate=1e-2, heldout_rows=4)
+    result = train(model, *rows, settings, tmp_path / "state")
+    assert result.heldout_after < result.heldout_before - 0.05
+    assert len(result.losses) == settings.steps == 30
+    for name, value in model.state_dict().items():
+        changed = not torch.equal(value, before[name])
+        assert changed == (name in learned), name
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 7])
+def test_a_stopped_run_ends_with_the_same_bits(tiny_llama: Any, rows: Any, tmp_path: Path, stop_at: int) -> None:
+    """A signal comes in some step: that step is finished and saved, and the rest is done by the next run."""
+
+    def fresh() -> Any:
+        model = tiny_llama()
+        retrofit(model, KANSpec("2-3", "cheby2"))
+        return model
+
+    whole, resumed = fresh(), fresh()
+    expected = train(whole, *rows, SMALL, tmp_path / "whole")
+
+    def interrupt(work: str, done: int, total: int, note: str = "") -> None:
+        if work == "training" and done == stop_at:
+            signal.raise_signal(signal.SIGINT)
+
+    state = tmp_path / "state"
+    with pytest.raises(Interrupted) as stopped:
+        train(resumed, *rows, SMALL, state, watch=interrupt)
+    assert stopped.value.exit_code == 130
+    assert [path.name for path in state.iterdir()] == [f"step-{stop_at:08d}"]
+
+    resumed = fresh()
+    result = train(resumed, *rows, SMALL, state)
+    assert result == expected
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_the_size_of_a_batch_changes_memory_and_not_the_result(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    results = []
+    for batch_rows in (1, 2):
+        model = tiny_llama()
+        retrofit(model, KANSpec("2-3", "cheby2"))
+        settings = TrainSettings(tokens=4 * 128, row_length=32, rows_per_step=4, heldout_rows=4)
+        results.append(train(model, *rows, settings, tmp_path / str(batch_rows), batch_rows=batch_rows))
+    torch.testing.assert_close(torch.tensor(results[0].losses), torch.tensor(results[1].losses), rtol=1e-5, atol=1e-5)
+
+
+def test_seeds_permute_the_same_rows(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    losses = []
+    for seed in (0, 0, 1):
+        model = tiny_llama()
+        retrofit(model, KANSpec("2-3", "cheby2"))
+        settings = TrainSettings(tokens=64, row_length=32, rows_per_step=2, heldout_rows=4, seed=seed)
+        losses.append(train(model, *rows, settings, tmp_path / f"{len(losses)}").losses)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    model = tiny_llama()
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="the loss of step 1 is nan"):
+        train(model, *rows, SMALL, tmp_path / "state")
+
+
+def test_settings_that_cannot_be_are_refused(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="do not fill one step"):
+        TrainSettings(tokens=100)
+    with pytest.raises(TrainingError, match="rows_per_step must be at least 1"):
+        TrainSettings(rows_per_step=0)
+    model = tiny_llama()
+    retrofit(model, KANSpec("3", "cheby2"))
+    with pytest.raises(TrainingError, match="take at most"):
+        train(model, *rows, TrainSettings(tokens=10**6, row_length=32, rows_per_step=2), tmp_path)
+
+
+def test_no_tokens_measure_and_change_nothing(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    model = tiny_llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = train(model, *rows, TrainSettings(tokens=0, row_length=32, heldout_rows=4), tmp_path)
+    assert result.heldout_before == result.heldout_after
+    assert result.losses == ()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
