@@ -1,7 +1,7 @@
 """Kolmogorov-Arnold networks in language models, benchmarked.
 
-After `import kallm_bench`, transformers' AutoModelForCausalLM loads kallm checkpoints. It learns to when transformers is
-imported, be that before or after: importing it here would make every `kallm --help` wait for two seconds.
+After `import kallm_bench`, transformers' AutoModelForCausalLM loads kallm checkpoints. It learns to when transformers
+is imported, be that before or after: importing it here would make every `kallm --help` wait for two seconds.
 """
 
 from __future__ import annotations

@@ -421,3 +421,7 @@ def main() -> NoReturn:
             sys.exit(error.exit_code)
         raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -69,7 +69,8 @@ class Display:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
+        if err.is_terminal:
+            self.progress.stop()
 
     def begin(self, part: str) -> None:
         """A part of the plan begins; the one before it is done."""
@@ -146,22 +147,27 @@ def show_records(records: Sequence[RunRecord], as_json: bool) -> None:
 
 
 def show_tables(tables: Sequence[Table]) -> None:
-    """Report tables, with their notes below."""
-    from kallm_bench.reporting import written
+    """Report tables, with their notes below: a row an arm where that fits, else a column an arm."""
+    from kallm_bench.reporting import grid
 
     for table in tables:
-        shown = RichTable(title=table.title, title_justify="left", title_style="bold")
-        shown.add_column("arm")
-        shown.add_column("what", max_width=30)
-        for heading in table.headings:
-            shown.add_column(heading, justify="right")
-        for row in table.rows:
-            figures = [row.figures.get(metric) for metric in table.metrics]
-            texts = [written(m, figure) if figure else "–" for m, figure in zip(table.metrics, figures, strict=True)]
-            shown.add_row(row.name, row.what, *texts)
+        cells = grid(table)
+        shown = _grid(table.title, cells)
+        if shown.__rich_measure__(out, out.options.update(max_width=10_000)).maximum > out.width:
+            shown = _grid(table.title, [list(column) for column in zip(*cells, strict=True)])
         out.print(shown)
         for note in table.notes:
             out.print(f"· {note}", style="dim")
+
+
+def _grid(title: str, cells: Sequence[Sequence[str]]) -> RichTable:
+    """A table of which the first row and the first column are headings."""
+    table = RichTable(title=title, title_justify="left", title_style="bold")
+    for number, heading in enumerate(cells[0]):
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for row in cells[1:]:
+        table.add_row(*row)
+    return table
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:

@@ -18,7 +18,7 @@ from kallm_bench.bbh.questions import load_questions
 from kallm_bench.bbh.tasks import TASKS
 from kallm_bench.errors import KallmError
 from kallm_bench.files import write_file
-from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, last_key, parameter_count, ref_after
+from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, parameter_count, ref_after
 from kallm_bench.models import KANSpec, complete_spec, load_config, load_model, replaced_modules, save_checkpoint
 from kallm_bench.models import retrofit as retrofit_model
 from kallm_bench.models.sources import cache_folder
@@ -52,13 +52,13 @@ def retrofit(
     if done and (not weights_needed or Path(done.artifacts[0].path).parent == folder):
         return done
 
+    replace = stage.may_replace(folder, replace)
     bench.watch("retrofit", 0, 3, "loading")
     model, tokenizer = load_model(ref.open(), torch.float32)
     bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks")
     retrofit_model(model, spec)
     bench.watch("retrofit", 2, 3, "saving")
-    same = last_key(folder) == stage.key
-    save_checkpoint(folder, model, tokenizer, lineage=stage.lineage(), replace=replace or same)
+    save_checkpoint(folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
     bench.watch("retrofit", 3, 3)
     return stage.finish(_size_metrics(model), folder=folder, model=model)
 
@@ -75,10 +75,14 @@ def train_model(
     if done := stage.done(weights_needed=True):
         return done
 
+    replace = stage.may_replace(folder, replace)
+
     def packing(done: int, total: int) -> None:
         bench.watch("packing conversations", done, total)
 
     model, tokenizer = load_model(ref.open(), torch.float32, bench.device)
+    if settings.steps:
+        parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
     rows, kept = prepare(
         settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing
     )
@@ -104,8 +108,7 @@ def train_model(
         return stage.finish(metrics, data=about, model=model)
     last = result.losses[-max(1, len(result.losses) // 10) :]
     metrics.append(Metric("train_loss", sum(last) / len(last), n=len(last), samples=result.losses))
-    same = last_key(folder) == stage.key
-    save_checkpoint(folder, model, tokenizer, lineage=stage.lineage(), replace=replace or same)
+    save_checkpoint(folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
     record = stage.finish(metrics, folder=folder, data=about, model=model)
     shutil.rmtree(state, ignore_errors=True)
     return record

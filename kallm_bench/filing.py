@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import CheckpointError
-from kallm_bench.files import sha256
+from kallm_bench.files import DiskError, sha256
 from kallm_bench.models import Source, find_model
 from kallm_bench.profiling import environment
 from kallm_bench.progress import Watch, nobody
@@ -145,6 +145,18 @@ class Stage:
             return None
         return record
 
+    def may_replace(self, folder: Path, force: bool) -> bool:
+        """Whether a checkpoint at `folder` may be replaced: where asked to, or where this very stage made it.
+
+        Raises:
+            DiskError: something else stands there. Asked before the work, so that none is done in vain.
+        """
+        lineage = Source(folder.name, folder, "").lineage
+        allowed = force or bool(lineage and lineage[-1]["key"] == self.key)
+        if folder.exists() and not allowed:
+            raise DiskError(f"{folder} exists; pass --force to replace it, or another --out")
+        return allowed
+
     def lineage(self) -> tuple[dict[str, str], ...]:
         return (*self.ref.lineage, {"id": self.id, "key": self.key, "stage": self.name})
 
@@ -194,9 +206,3 @@ def _artifacts(folder: Path) -> tuple[Artifact, ...]:
 def parameter_count(module: torch.nn.Module) -> int:
     """All values of a module; tied ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def last_key(folder: Path) -> str | None:
-    """The key of the stage that made a checkpoint folder; None where there is none."""
-    lineage = Source(folder.name, folder, "").lineage
-    return lineage[-1]["key"] if lineage else None

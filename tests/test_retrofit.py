@@ -22,6 +22,7 @@ from transformers import (
 from kallm_bench.errors import SpecError
 from kallm_bench.kan import BASES, FORMS, KANFeedForward
 from kallm_bench.models import KANSpec, replaced_modules, retrofit
+from kallm_bench.models.sites import intermediate_size
 from kallm_bench.models.spec import NOT_BASES, read_blocks
 
 SIZES = {
@@ -386,7 +387,8 @@ def test_default_widths(tiny_llama):
     assert retrofit(model, KANSpec((2,), "drop")) == KANSpec((2,), "drop")
     assert retrofit(model, KANSpec((3,), "legendre", form="single")).hidden is None
     # of the original, not of what stands there now
-    assert retrofit(model, KANSpec((0,), "linear")).hidden == 64
+    retrofit(model, KANSpec((0,), "linear"))
+    assert intermediate_size(model.model.layers[0].mlp, 32) == 64
     assert retrofit(model, KANSpec((2,), "cheby2")).hidden == 16
     assert retrofit(model, KANSpec((0,), "cheby2:degree=5", constant="edge")).degree is None
     assert replaced_modules(model)[0].layers[0].coefficients.shape == (16, 6, 32)

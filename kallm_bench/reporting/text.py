@@ -29,15 +29,20 @@ def written(metric: str, figure: Figure) -> str:
     return text + (f" [{', '.join(low_high)}]" if low_high else "") + (f" {figure.mark}" if figure.mark else "")
 
 
+def grid(table: Table) -> list[list[str]]:
+    """A table as text: a row of headings, then a row an arm."""
+    header = ["arm", "what", "seeds", *table.headings]
+    return [header] + [
+        [row.name, row.what, str(row.seeds or ""), *(_text(row, metric) for metric in table.metrics)]
+        for row in table.rows
+    ]
+
+
 def to_markdown(tables: Sequence[Table]) -> str:
     """All tables, each with its notes, and the published figures last."""
     parts = []
     for table in tables:
-        header = ["arm", "what", "seeds", *table.headings]
-        lines = [
-            [row.name, row.what, str(row.seeds or ""), *(_text(row, metric) for metric in table.metrics)]
-            for row in table.rows
-        ]
+        header, *lines = grid(table)
         parts.append(
             f"## {table.title}\n\n{_markdown(header, lines)}\n" + "".join(f"\n- {note}" for note in table.notes)
         )

@@ -1,0 +1,341 @@
+"""The program as a user meets it: every command, every wrong input, a suite from its first run to its report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kallm_bench import cli
+from kallm_bench.models import save_checkpoint
+from kallm_bench.records import ResultsStore
+
+Run = Callable[..., tuple[int, str, str]]
+
+CHAT = "".join(
+    json.dumps(
+        {
+            "messages": [
+                {"role": "user", "content": f"Count to {n}"},
+                {"role": "assistant", "content": f"One to {n}. " * 8},
+            ]
+        }
+    )
+    + "\n"
+    for n in range(120)
+)
+
+SUITE = """
+description = "Everything the real ones do, small."
+model = "base"
+[train]
+data = "chat.jsonl"
+tokens = 256
+row_length = 32
+rows_per_step = 2
+tail_from = 2
+heldout_rows = 2
+[eval]
+source = "procedural"
+limit = 2
+max_new_tokens = 4
+tasks = ["navigate", "web_of_lies"]
+[profile]
+batch = 1
+length = 32
+repeats = 2
+tail_from = 2
+[[arm]]
+name = "baseline"
+train.tokens = 0
+[[arm]]
+name = "linear"
+basis = "linear"
+blocks = "2-3"
+[[arm]]
+name = "kan"
+basis = "cheby2"
+blocks = "2-3"
+"""
+
+
+@pytest.fixture(scope="session")
+def base_model(tiny_llama: Any, bundled_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's checkpoint folder, with the bundled tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    save_checkpoint(folder, tiny_llama(), bundled_tokenizer)
+    return folder
+
+
+@pytest.fixture
+def home(base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder: a model, conversations, a suite; caches of its own."""
+    shutil.copytree(base_model, tmp_path / "base")
+    (tmp_path / "chat.jsonl").write_text(CHAT)
+    (tmp_path / "small.toml").write_text(SUITE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KALLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("KALLM_BBH_DIR", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def kallm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs one command as the console script does; gives its exit code, output and errors."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kallm", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        code = stopped.value.code
+        printed = capsys.readouterr()
+        return (code if isinstance(code, int) else 0), printed.out, printed.err
+
+    return run
+
+
+def records(home: Path) -> list[Any]:
+    return ResultsStore(home / "results").records()
+
+
+def weights(home: Path, stage: str, arm: str) -> Path:
+    record = [record for record in records(home) if record.stage == stage and record.arm == arm][-1]
+    return home / record.artifacts[0].path
+
+
+def test_a_suite_from_its_first_run_to_its_report(home: Path, kallm: Run) -> None:
+    code, out, err = kallm("run", "small.toml")
+    assert code == 0, err
+    folder = next((home / "results").glob("local-*/small"))
+    first = {record.id: record for record in records(home)}
+    stages = sorted((record.arm, record.stage) for record in first.values())
+    arms = ("baseline", "kan", "linear")
+    expected = [(arm, stage) for arm in arms for stage in ("eval-bbh", "profile", "retrofit", "train")]
+    assert stages == [pair for pair in expected if pair != ("baseline", "retrofit")]
+    for word in ("baseline", "linear", "kan", "guessing", "majority", "procedural", "not BIG-Bench Hard"):
+        assert word in out
+    assert "a linear control with as many parameters as 'kan'" in out
+    markdown = (folder / "report.md").read_text()
+    assert "| kan | cheby2 degree 2, stack, hidden 16, blocks 2-3 | 1 |" in markdown
+    assert "44.1 %" in markdown.partition("## Published")[2]
+    rows = {row["arm"]: row for row in csv.DictReader((folder / "report.csv").read_text().splitlines())}
+    assert float(rows["guessing"]["accuracy (fraction)"]) == 0.5
+    assert float(rows["kan"]["heldout_loss (nats/token)"]) > 0
+
+    # again: nothing is run, the same report is printed
+    code, out_again, _ = kallm("run", "small.toml")
+    assert (code, out_again) == (0, out)
+    assert {record.id for record in records(home)} == set(first)
+
+    # trained weights gone: they are trained again, to the same bits, so what was measured on them still holds
+    trained = weights(home, "train", "kan")
+    before = trained.read_bytes()
+    shutil.rmtree(home / "runs")
+    assert kallm("run", "small.toml")[0] == 0
+    assert trained.read_bytes() == before
+    new = [record for record in records(home) if record.id not in first]
+    assert sorted((record.arm, record.stage) for record in new) == [
+        ("kan", "retrofit"),
+        ("kan", "train"),
+        ("linear", "retrofit"),
+        ("linear", "train"),
+    ]
+
+
+def test_a_stopped_suite_goes_on_where_it_was(home: Path) -> None:
+    """SIGINT as soon as a stage is under way: exit 130, nothing half-written, and the next run does the rest."""
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    command = [sys.executable, "-m", "kallm_bench.cli", "run", "small.toml"]
+    (home / "small.toml").write_text(SUITE.replace("tokens = 256", "tokens = 2048").replace("limit = 2", "limit = 40"))
+    for sign in ("linear seed 0 train, training", "kan seed 0 eval-bbh, questions"):
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+        )
+        assert process.stderr is not None
+        seen = next((line for line in process.stderr if sign in line), None)
+        assert seen, "the stage never came"
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        process.stderr.close()
+        assert process.wait() == 130, rest
+        assert "Traceback" not in rest
+        assert not ResultsStore(home / "results").damaged
+    unfinished = sorted(path.name for path in (home / "runs" / "unfinished").iterdir())
+    assert any(name.endswith(".jsonl") for name in unfinished)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "baseline seed 0 eval-bbh" not in done.stderr  # was done before
+    assert len(records(home)) == 11
+    assert list((home / "runs" / "unfinished").iterdir()) == []
+    assert not list(home.rglob("*.partial"))
+
+
+def test_one_failing_arm_does_not_stop_the_others(home: Path, kallm: Run) -> None:
+    suite = SUITE + '[[arm]]\nname = "broken"\nbasis = "cheby2"\nblocks = "2-9"\n'
+    (home / "small.toml").write_text(suite.replace('name = "baseline"', 'name = "baseline"\n'))
+    code, out, err = kallm("run", "small.toml", "--only", "broken,baseline")
+    assert code == 1
+    assert "broken, seed 0" in err
+    assert "the model has 4 blocks, 0-3" in err
+    assert "baseline" in out
+
+
+def test_the_four_stages_by_hand(home: Path, kallm: Run) -> None:
+    code, out, err = kallm("retrofit", "base", "--blocks", "2-3", "--basis", "cheby2", "--json")
+    assert code == 0, err
+    (record,) = json.loads(out)
+    folder = record["artifacts"][0]["path"].rpartition("/")[0]
+    assert re.fullmatch(r"runs/base-cheby2-2-3-[0-9a-f]{8}", folder)
+    assert record["settings"]["spec"]["hidden"] == 16
+
+    code, out, _ = kallm("retrofit", "base", "--blocks", "2-3", "--basis", "cheby2")  # named and reused
+    assert code == 0
+    assert folder in out
+    assert len(records(home)) == 1
+
+    code, out, err = kallm("train", folder, "--data", "chat.jsonl", "--tokens", "256", "--row-length", "32",
+                           "--rows-per-step", "2", "--out", "trained")  # fmt: skip
+    assert code == 0, err
+    assert "heldout_loss" in out
+    lineage = json.loads((home / "trained" / "kallm.json").read_text())["lineage"]
+    assert [entry["stage"] for entry in lineage] == ["retrofit", "train"]
+
+    code, out, err = kallm("eval-bbh", "trained", "--source", "procedural", "--tasks", "navigate", "--limit", "2")
+    assert code == 0, err
+    assert "accuracy/navigate" in out
+    code, out, err = kallm("profile", "trained", "--batch", "1", "--length", "32", "--repeats", "2")
+    assert code == 0, err
+    assert "decode_tokens_per_second" in out
+    parents = {record.stage: record.parents for record in records(home)}
+    trained = next(record.id for record in records(home) if record.stage == "train")
+    assert parents["eval-bbh"] == parents["profile"] == (trained,)
+    assert parents["retrofit"] == ()
+
+    code, out, _ = kallm("report", "--format", "md")
+    assert code == 0
+    assert "## manual on local-" in out
+    code, out, _ = kallm("generate", "trained", "Hello", "--max-new-tokens", "3")
+    assert code == 0
+    assert out.endswith("\n")
+
+
+def test_a_retrained_model_never_meets_old_answers(home: Path, kallm: Run) -> None:
+    words = ("--source", "procedural", "--tasks", "navigate", "--limit", "1", "--max-new-tokens", "2")
+    for seed in ("0", "1"):
+        assert kallm("retrofit", "base", "--blocks", "3", "--seed", seed, "--out", "ck", "--force")[0] == 0
+        assert kallm("eval-bbh", "ck", *words)[0] == 0
+        assert kallm("eval-bbh", "ck", *words)[0] == 0  # found
+    asked = [record for record in records(home) if record.stage == "eval-bbh"]
+    assert len(asked) == 2
+    assert asked[0].model["fingerprint"] != asked[1].model["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("retrofit base --basis chebby2", "Did you mean 'cheby2'"),
+        ("retrofit base --blocks 3-9", "the model has 4 blocks, 0-3"),
+        ("retrofit base --blocks x", "cannot read blocks 'x'"),
+        ("retrofit base --basis drop --degree 2", "no degree"),
+        ("retrofit nowhere/at-all", "kallm fetch model nowhere/at-all"),
+        ("retrofit ./nowhere", "no folder './nowhere'"),
+        ("retrofit chat.jsonl", "is a file"),
+        ("retrofit empty", "no config.json"),
+        ("retrofit cut", "is damaged"),
+        ("retrofit broken.gguf", "broken.gguf"),
+        ("retrofit base --blocks 3 --out base", "pass --force"),
+        ("train base --data chat.jsonl --scope all --out base", "pass --force"),
+        ("retrofit base --results chat.jsonl/results", "cannot write"),
+        ("train base --data bad.jsonl --scope all", "bad.jsonl, line 2: not JSON"),
+        ("train base --data none.jsonl --scope all", "no conversations"),
+        ("train base --data gone.jsonl --scope all", "no data file"),
+        ("train base --data chat.jsonl --tokens 64 --row-length 32 --rows-per-step 2", "take --scope all"),
+        ("train base --data chat.jsonl --tokens 10", "do not fill one step"),
+        ("eval-bbh base", "kallm fetch bbh"),
+        ("eval-bbh base --source gone", "no folder 'gone'"),
+        ("eval-bbh base --source procedural --tasks navigat", "Did you mean 'navigate'"),
+        ("eval-bbh base --source procedural --protocol chatt", "Did you mean 'chat'"),
+        ("profile base --device tpu", "no device 'tpu'"),
+        ("profile base --device cuda:77", "no device 'cuda:77'"),
+        ("profile base --dtype float8", "no dtype 'float8'"),
+        ("run gone.toml", "no suite file"),
+        ("run quikstart", "Did you mean 'quickstart'"),
+        ("report", "kallm run quickstart"),
+        ("report --format pdf", "no format 'pdf'"),
+        ("testbed Not/A/Name", "cannot name a testbed"),
+        ("fetch moddel", "Did you mean 'model'"),
+        ("generate ./nowhere hello", "no folder"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(home: Path, kallm: Run, words: str, says: str) -> None:
+    (home / "empty").mkdir()
+    shutil.copytree(home / "base", home / "cut")
+    with (home / "cut" / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    (home / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    (home / "bad.jsonl").write_text(CHAT.splitlines()[0] + "\n{oops\n")
+    (home / "none.jsonl").write_text("")
+    before = sorted(path for path in home.rglob("*") if "results" not in path.parts)
+    code, out, err = kallm(*words.split())
+    assert code == 1
+    assert says in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    after = sorted(path for path in home.rglob("*") if "results" not in path.parts)
+    assert [path for path in after if path not in before and "cache" not in path.parts] == []
+    assert records(home) == []
+
+
+def test_usage_errors_leave_with_two(home: Path, kallm: Run) -> None:
+    for words in (["retrofit", "--no-such-option"], ["frobnicate"], ["eval-bbh", "base", "--limit", "0"]):
+        code, _, err = kallm(*words)
+        assert code == 2, words
+        assert "Traceback" not in err
+    assert kallm("run", "small.toml", "--seeds", "a,b")[0] == 2
+
+
+def test_small_commands(home: Path, kallm: Run) -> None:
+    code, out, _ = kallm("bases", "--json")
+    assert code == 0
+    assert {"cheby2", "legendre"} <= {entry["name"] for entry in json.loads(out)}
+    code, out, _ = kallm("doctor", "--json")
+    assert code == 0
+    assert json.loads(out)["results"].endswith("0 records")
+    code, out, _ = kallm("testbed", "my-desk", "--json")
+    assert json.loads(out)["name"] == "my-desk"
+    assert (home / "results" / "my-desk" / "testbed.json").is_file()
+    code, out, _ = kallm("--version")
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", out)
+    code, out, _ = kallm("run", "small.toml", "--dry-run", "--seeds", "0,1")
+    assert out.count("cheby2") == 2
+    assert not (home / "runs").exists()
+
+
+def test_fetching_bbh_is_all_or_nothing(tmp_path: Path, shared_data: Path) -> None:
+    from kallm_bench.errors import BBHError
+    from kallm_bench.fetch import fetch_bbh
+
+    fetch_bbh(tmp_path / "bbh", address=(shared_data / "data/bbh").as_uri())
+    assert len(list((tmp_path / "bbh" / "bbh").glob("*.json"))) == 27
+    with pytest.raises(BBHError, match="cannot fetch bbh/boolean_expressions"):
+        fetch_bbh(tmp_path / "again", address=tmp_path.as_uri())
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("command", ["", "retrofit", "train", "eval-bbh", "profile", "run", "report", "generate"])
+def test_every_help_teaches(kallm: Run, command: str) -> None:
+    code, out, _ = kallm(*filter(None, [command]), "--help")
+    assert code == 0
+    assert "Usage" in out
