@@ -44,6 +44,7 @@ class Display:
         self.plan = plan or {}
         self.part = ""
         self.finished = 0.0
+        self.furthest = 0.0
         self.began = time.monotonic()
         self.last_plain = 0.0
         self.last_work = ""
@@ -99,10 +100,11 @@ class Display:
         self.progress.update(self.current, completed=done, total=total, note=note)
 
     def _share(self, done: int, total: int) -> float:
-        """How much of the whole plan is done, 0 to 1."""
+        """How much of the whole plan is done, 0 to 1; a part made of several works does not go backwards."""
         whole = sum(self.plan.values())
         within = self.plan.get(self.part, 0.0) * (done / total if total else 0.0)
-        return (self.finished + within) / whole if whole else 0.0
+        self.furthest = max(self.furthest, (self.finished + within) / whole if whole else 0.0)
+        return self.furthest
 
     def _left(self, share: float) -> str:
         elapsed = time.monotonic() - self.began
