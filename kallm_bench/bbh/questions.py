@@ -109,10 +109,8 @@ def _from_folder(folder: Path, tasks: Sequence[str]) -> dict[str, list[Question]
 
 
 def _from_hub(name: str, tasks: Sequence[str]) -> dict[str, list[Question]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise BBHError("questions from the hub need the package datasets: pip install 'kallm-bench[hub]'") from error
+    import datasets
+
     datasets.disable_progress_bars()
     if not hub_answers():
         datasets.config.HF_HUB_OFFLINE = True

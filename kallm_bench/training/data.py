@@ -200,10 +200,8 @@ def _read_parquet(path: Path) -> Iterator[Conversation]:
 
 
 def _hub_data(source: str) -> DataSource:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"hub data '{source}' needs the package datasets: pip install 'kallm-bench[hub]'") from error
+    import datasets
+
     datasets.disable_progress_bars()
     instead = "Take --data bundled or a JSONL file instead"
     if not hub_answers():
