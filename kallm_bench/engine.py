@@ -132,7 +132,7 @@ def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
         return done
     model, tokenizer = load_model(ref.open(), bench.dtype, bench.device)
     partial = bench.runs / "unfinished" / f"{stage.key}.jsonl"
-    size = bench.batch_size or (64 if bench.device.type == "cuda" else 16)
+    size = bench.batch_size or (256 if bench.device.type == "cuda" else 16)
     samples = ask(model, tokenizer, questions, protocol, max_new_tokens, partial, size, bench.watch)
     about = {"source": questions.source, "fingerprint": questions.fingerprint}
     record = stage.finish(score(samples, questions), data=about, model=model, samples=samples)

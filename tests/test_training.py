@@ -111,10 +111,12 @@ def test_heldout_conversations_are_never_trained_on(bundled_tokenizer: Any, tmp_
 
 
 def test_every_broken_line_is_named(bundled_tokenizer: Any, tmp_path: Path) -> None:
+    held_out = write_chat(tmp_path / "heldout.jsonl", CHAT * 60)
+
     def refusal(text: str, name: str = "bad.jsonl", row_length: int = 16) -> str:
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError) as error:
-            prepare(str(tmp_path / name), bundled_tokenizer, row_length, tmp_path / "cache", heldout="bundled")
+            prepare(str(tmp_path / name), bundled_tokenizer, row_length, tmp_path / "cache", heldout=held_out)
         assert "\n" not in str(error.value)
         return str(error.value)
 

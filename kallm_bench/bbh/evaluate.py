@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from kallm_bench.bbh.extraction import is_right, read_answer
@@ -59,6 +60,7 @@ def ask(
 
     Args:
         partial: JSON lines, one a question; the caller removes it when the samples are safe.
+        batch_size: questions at once; halved where memory runs out.
 
     Returns:
         One sample a question, in the questions' order.
@@ -73,10 +75,19 @@ def ask(
         partial.parent.mkdir(parents=True, exist_ok=True)
         file = partial.open("a", encoding="utf-8")
     with file:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
+        while missing:
+            batch = missing[:batch_size]
             keys = [(q.task, q.index) for q in batch]
-            replies, forwarded = answer(model, tokenizer, [ids[key] for key in keys], max_new_tokens)
+            try:
+                replies, forwarded = answer(model, tokenizer, [ids[key] for key in keys], max_new_tokens)
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                batch_size = max(1, len(batch) // 2)
+                torch.cuda.empty_cache()
+                watch("questions", len(samples), total, f"out of memory, {batch_size} at once from here")
+                continue
+            del missing[:batch_size]
             for question, key, reply in zip(batch, keys, replies, strict=True):
                 sample = _sample(question, protocol, prompts[key], reply, forwarded / len(batch))
                 samples[key] = sample

@@ -1,0 +1,85 @@
+"""The same promises on a CUDA device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kallm_bench.bbh.evaluate import ask
+from kallm_bench.bbh.protocols import PROTOCOLS
+from kallm_bench.bbh.questions import load_questions
+from kallm_bench.kan import BASES, KANLinear
+from kallm_bench.models import KANSpec, load_checkpoint, retrofit, save_checkpoint
+from kallm_bench.profiling import ProfileSettings, environment, measure
+from kallm_bench.training import TrainSettings, prepare, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> None:
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("name", sorted(BASES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_layer_is_as_accurate_as_on_the_cpu(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = KANLinear(48, 29, name).to(dtype)
+    x = torch.randn(37, 48).to(dtype)
+
+    def output_and_gradients(device: str, kind: torch.dtype) -> list[torch.Tensor]:
+        there = KANLinear(48, 29, name).to(device, kind)
+        there.load_state_dict(layer.state_dict())
+        mine = x.to(device, kind).requires_grad_(True)
+        y = there(mine)
+        gradients = torch.autograd.grad(y.sum(), [mine, *there.parameters()])
+        return [tensor.detach().double().cpu() for tensor in (y, *gradients)]
+
+    truth = output_and_gradients("cpu", torch.float64)
+    reference = output_and_gradients("cpu", dtype)
+    on_device = output_and_gradients("cuda", dtype)
+    for true, ours, theirs in zip(truth, reference, on_device, strict=True):
+        rounding = 4 * torch.finfo(dtype).eps * true.abs().max()
+        assert (theirs - true).abs().max() <= 2 * (ours - true).abs().max() + rounding
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_training_goes_down_and_comes_back(
+    tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path, autocast: torch.dtype | None
+) -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there, how are you?"}]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 200)
+    rows = prepare(str(tmp_path / "chat.jsonl"), bundled_tokenizer, 64, tmp_path / "cache")
+    model = tiny_llama().to("cuda")
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    settings = TrainSettings(tokens=40 * 128, row_length=64, rows_per_step=2, learning_rate=1e-2, heldout_rows=1)
+    result = train(model, *rows, settings, tmp_path / "state", autocast=autocast)
+    assert result.heldout_after < result.heldout_before - 0.05
+    save_checkpoint(tmp_path / "ck", model)
+    again, _ = load_checkpoint(tmp_path / "ck", device="cuda")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_replies_on_the_device(tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path) -> None:
+    questions = load_questions("procedural", tasks=["navigate"], limit=5)
+    model = tiny_llama().to("cuda")
+    samples = ask(model, bundled_tokenizer, questions, PROTOCOLS["chat"], 4, tmp_path / "partial.jsonl", batch_size=3)
+    assert [sample["index"] for sample in samples] == list(range(5))
+
+
+def test_the_profile_measures_gpu_memory(tiny_llama: Any) -> None:
+    model = tiny_llama().to("cuda")
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    metrics = {metric.name: metric for metric in measure(model, ProfileSettings(2, 64, 3, "tail"))}
+    assert (metrics["peak_vram_allocated_bytes"].value or 0) > 0
+    assert (metrics["train_tokens_per_second"].value or 0) > 0
+    assert "driver" in environment(torch.device("cuda"))["gpu"]
