@@ -22,7 +22,7 @@ from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, parameter_count
 from kallm_bench.models import KANSpec, complete_spec, load_config, load_model, replaced_modules, save_checkpoint
 from kallm_bench.models import retrofit as retrofit_model
 from kallm_bench.models.sources import cache_folder
-from kallm_bench.profiling import ProfileSettings, flops_per_token, measure
+from kallm_bench.profiling import ProfileSettings, flops_per_token, measure_inference, measure_training
 from kallm_bench.records import Metric, ResultsStore, RunRecord
 from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
 from kallm_bench.suites import Cell, Suite
@@ -155,7 +155,11 @@ def profile(bench: Bench, ref: ModelRef, settings: ProfileSettings, *, again: bo
         if scope != "replaced" or replaced_modules(model):
             count = sum(parameter.numel() for parameter in parameters_in(model, scope, tail_from))
             metrics.append(Metric(f"trainable_parameters/{scope}", count))
-    metrics += measure(model, settings, watch=bench.watch)
+    metrics += measure_inference(model, settings, bench.watch)
+    if settings.scope != "none":
+        if bench.autocast:
+            model, _ = load_model(source, torch.float32, bench.device)
+        metrics += measure_training(model, settings, bench.autocast, bench.watch)
     return stage.finish(metrics, model=model)
 
 

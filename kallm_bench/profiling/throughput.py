@@ -11,6 +11,7 @@ kept. A spread over 3 % is said beside the number.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -47,44 +48,52 @@ class ProfileSettings:
     tail_from: int | None = None
 
 
-def measure(
-    model: PreTrainedModel, settings: ProfileSettings, *, autocast: torch.dtype | None = None, watch: Watch = nobody
-) -> list[Metric]:
-    """Prefill, decode and training throughput, and the peak memory of the training steps.
-
-    The model's scope is changed, and its weights are not: the learning rate is zero.
-    """
-    device = model.device
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (settings.batch, settings.length), generator=generator).to(device)
-    done = 0
-
-    def timed(name: str, tokens: int, work: Callable[[], None]) -> Metric:
-        nonlocal done
-        seconds = []
-        for number in range(settings.repeats + 1):
-            watch("profiling", done, 3 * (settings.repeats + 1), name)
-            _synchronise(device)
-            start = time.perf_counter()
-            work()
-            _synchronise(device)
-            if number > 0:  # the first warms up
-                seconds.append(time.perf_counter() - start)
-            done += 1
-        return throughput(name, tokens, seconds)
-
+def measure_inference(model: PreTrainedModel, settings: ProfileSettings, watch: Watch = nobody) -> list[Metric]:
+    """Prefill and decode throughput of a model in the dtype it is served in."""
+    ids = _random_tokens(model, settings)
+    new = settings.length // 2
+    timed = functools.partial(_timed, device=model.device, repeats=settings.repeats, watch=watch)
     with torch.inference_mode():
         prefill = timed("prefill_tokens_per_second", ids.numel(), lambda: _prefill(model, ids))
-        new = settings.length // 2
-        decode = timed("decode_tokens_per_second", settings.batch * new, lambda: _decode(model, ids[:, :16], new))
-    metrics = [prefill, decode]
-    if settings.scope != "none":
-        step = _training_step(model, ids, settings, autocast)
-        with peak_memory(device) as peak:
-            metrics.append(timed("train_tokens_per_second", ids.numel(), step))
-        metrics.extend(peak)
-    return metrics
+        decode = timed("decode_tokens_per_second", len(ids) * new, lambda: _decode(model, ids[:, :16], new))
+    return [prefill, decode]
+
+
+def measure_training(
+    model: PreTrainedModel, settings: ProfileSettings, autocast: torch.dtype | None = None, watch: Watch = nobody
+) -> list[Metric]:
+    """Training throughput and the peak memory of its steps, with loss at every position.
+
+    Set up as training is: parameters in float32, products in `autocast`. Changes the model's scope, and not its
+    weights: the learning rate is zero.
+    """
+    ids = _random_tokens(model, settings)
+    step = _training_step(model, ids, settings, autocast)
+    with peak_memory(model.device) as peak:
+        speed = _timed("train_tokens_per_second", ids.numel(), step, model.device, settings.repeats, watch)
+    return [speed, *peak]
+
+
+def _random_tokens(model: PreTrainedModel, settings: ProfileSettings) -> Tensor:
+    """(batch, length) token ids, the same each time."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, (settings.batch, settings.length), generator=generator).to(model.device)
+
+
+def _timed(
+    name: str, tokens: int, work: Callable[[], None], device: torch.device, repeats: int, watch: Watch
+) -> Metric:
+    """Throughput of `work`, which handles `tokens`, over the repeats that follow one to warm up."""
+    seconds = []
+    for number in range(repeats + 1):
+        watch(f"profile of {name.partition('_')[0]}", number, repeats + 1)
+        _synchronise(device)
+        start = time.perf_counter()
+        work()
+        _synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return throughput(name, tokens, seconds[1:])
 
 
 def throughput(name: str, tokens: int, seconds: list[float]) -> Metric:
