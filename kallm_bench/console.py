@@ -23,7 +23,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from kallm_bench.records import RunRecord
+    from kallm_bench.records import Metric, RunRecord
     from kallm_bench.reporting import Table
 
 out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -134,18 +134,45 @@ def show_records(records: Sequence[RunRecord], as_json: bool) -> None:
     if as_json:
         show_json([asdict(record) for record in records])
         return
-    from kallm_bench.reporting import written
-    from kallm_bench.reporting.tables import Figure
-
     for record in records:
-        table = RichTable("metric", "value", "", title=f"{record.stage}: {record.arm}", title_justify="left")
-        for metric in record.metrics:
-            value = "not measured" if metric.value is None else written(metric.name, Figure(metric.value))
-            table.add_row(metric.name, Text(value, justify="right"), metric.note)
-        out.print(table)
+        _show_figures(record)
+        _show_parts(record)
         if record.artifacts:
             out.print(f"Checkpoint: {record.artifacts[0].path.rpartition('/')[0]}")
         out.print(f"Record: {record.id}")
+
+
+def _show_figures(record: RunRecord) -> None:
+    """The figures of the whole: one a line, with what a reader should know beside it."""
+    table = RichTable(
+        title=f"{record.stage}: {record.arm}", title_justify="left", title_style="bold", show_header=False
+    )
+    for metric in record.metrics:
+        if "/" not in metric.name:
+            table.add_row(metric.name, Text(_written(metric), justify="right"), metric.note)
+    out.print(table)
+
+
+def _show_parts(record: RunRecord) -> None:
+    """The figures of parts, "accuracy/snarks": a line a part, a column a metric."""
+    parts: dict[str, dict[str, str]] = {}
+    for metric in record.metrics:
+        name, slash, part = metric.name.partition("/")
+        if slash:
+            parts.setdefault(part, {})[name] = _written(metric)
+    if parts:
+        names = list(dict.fromkeys(name for figures in parts.values() for name in figures))
+        headings = [name.removesuffix("_accuracy") for name in names]
+        show_rows(
+            ["", *headings], [[part, *(figures.get(name, "") for name in names)] for part, figures in parts.items()]
+        )
+
+
+def _written(metric: Metric) -> str:
+    from kallm_bench.reporting import written
+    from kallm_bench.reporting.tables import Figure
+
+    return "not measured" if metric.value is None else written(metric.name, Figure(metric.value))
 
 
 def show_tables(tables: Sequence[Table]) -> None:
@@ -182,10 +209,17 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
 
 def show_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A plain table."""
-    table = RichTable(*headings)
+    table = RichTable()
+    for number, heading in enumerate(headings):
+        figures = number > 0 and all(_is_figure(row[number]) for row in rows)
+        table.add_column(heading, justify="right" if figures else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     out.print(table)
+
+
+def _is_figure(text: str) -> bool:
+    return not text or text[0].isdigit()
 
 
 def say(text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kallm_bench.records import kind_of
 from kallm_bench.reporting.published import PUBLISHED, PUBLISHED_NOTE
@@ -13,20 +13,22 @@ from kallm_bench.reporting.tables import STAGE_COLUMNS, Figure, Row, Table
 
 
 def written(metric: str, figure: Figure) -> str:
-    """A figure as a reader wants it: 125.7M, 43.8 % [40.1, 47.5], 2.391 ± 0.012, 1.9 GiB."""
-    unit = kind_of(metric).unit
-    if unit == "fraction":
-        text = f"{100 * figure.value:.1f} %"
-        low_high = [f"{100 * end:.1f}" for end in figure.interval or ()]
-    elif unit == "parameters":
-        return f"{figure.value / 1e6:.2f}M" if figure.value else "0"
-    elif unit == "bytes":
-        return f"{figure.value / 2**30:.2f} GiB"
-    elif unit == "tokens/s":
-        text, low_high = f"{figure.value:,.0f}", [f"{end:,.0f}" for end in figure.interval or ()]
-    else:
-        text, low_high = f"{figure.value:.3f}", [f"{end:.3f}" for end in figure.interval or ()]
-    return text + (f" [{', '.join(low_high)}]" if low_high else "") + (f" {figure.mark}" if figure.mark else "")
+    """A figure as a reader wants it: 125.67M, 43.8 % [40.1, 47.5], 2.391 [2.379, 2.403], 1.90 GiB, 1,234."""
+    form = _FORMS.get(kind_of(metric).unit, "{:.3f}".format)
+    ends = [form(end).removesuffix(" %") for end in figure.interval or ()]
+    interval = f" [{', '.join(ends)}]" if len(set(ends)) == 2 else ""
+    return form(figure.value) + interval + (f" {figure.mark}" if figure.mark else "")
+
+
+_FORMS: dict[str, Callable[[float], str]] = {
+    "fraction": lambda value: f"{100 * value:.1f} %",
+    "parameters": lambda value: f"{value / 1e6:.2f}M" if value else "0",
+    "bytes": lambda value: f"{value / 2**30:.2f} GiB",
+    "tokens": "{:,.0f}".format,
+    "tokens/s": "{:,.0f}".format,
+    "FLOP/token": lambda value: f"{value / 1e6:,.1f} MFLOP",
+    "s": lambda value: f"{value:.2f} s",
+}
 
 
 def grid(table: Table) -> list[list[str]]:

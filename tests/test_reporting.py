@@ -1,0 +1,211 @@
+"""Reports: what is averaged, what is not, what is said below, and how it looks."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kallm_bench.records import Metric, ResultsStore, RunRecord
+from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
+
+MACHINE = {"cpu": "a processor", "cores": 2, "memory_gib": 24, "gpus": [], "system": "Linux"}
+PLACE = {"device": "cpu", "dtype": "float32"}
+TRAINING = {"row_length": 256, "rows_per_step": 2, "learning_rate": 4e-4, "scope": "tail", **PLACE}
+ASKED = {"protocol": "chat", "tasks": ["navigate", "snarks"], "max_new_tokens": 64, "questions": "q", **PLACE}
+
+
+class Bench:
+    """Writes records as stages would, with the figures a test asks for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = ResultsStore(folder)
+        self.testbed = self.store.testbed(MACHINE)
+        self.count = 0
+
+    def record(
+        self, stage: str, arm: str, seed: int, settings: dict[str, Any], metrics: list[Metric], **rest: Any
+    ) -> None:
+        self.count += 1
+        samples = rest.pop("samples", None)
+        self.store.write(
+            RunRecord(
+                id=f"r{self.count:04d}",
+                stage=stage,
+                suite="try",
+                arm=arm,
+                seed=seed,
+                testbed=self.testbed,
+                started=f"2026-01-01T00:{self.count // 60:02d}:{self.count % 60:02d}+00:00",
+                seconds=1.0,
+                parents=(),
+                settings=settings | {"weights": f"w{self.count}"},
+                key=f"k{self.count}",
+                model={},
+                data=rest.pop("data", {}),
+                metrics=tuple(metrics),
+                environment={"git": {"commit": "abcdef1234567", "dirty": False}},
+                **rest,
+            ),
+            samples,
+        )
+
+    def arm(
+        self, name: str, seed: int, spec: dict[str, Any] | None, loss: float, right: int, replaced: int = 0
+    ) -> None:
+        """All four stages; `right` of eight questions are answered right."""
+        if spec:
+            spec = {"hidden": None, "degree": None, "form": "stack", "constant": "bias", "blocks": [25, 26, 29]} | spec
+            metrics = [Metric("replaced_parameters", replaced)]
+            self.record("retrofit", name, seed, {"spec": spec | {"seed": seed}}, metrics)
+        trained = [
+            Metric("heldout_loss", loss, n=500),
+            Metric("trained_tokens", 8192 if spec else 0),
+            Metric("trainable_parameters", 100),
+        ]
+        self.record("train", name, seed, TRAINING | {"seed": seed}, trained, data={"source": "chat"})
+        samples = [{"task": ASKED["tasks"][n % 2], "index": n // 2, "correct": n < right} for n in range(8)]
+        accuracy = [
+            Metric("accuracy", right / 8, n=8),
+            Metric("guessing_accuracy", 0.5, n=8),
+            Metric("majority_accuracy", 0.55, n=8),
+        ]
+        about = {"source": "procedural", "fingerprint": "q"}
+        self.record("eval-bbh", name, seed, ASKED, accuracy, data=about, samples=samples)
+        measured = [Metric("parameters", 134_515_008), Metric("decode_tokens_per_second", 75.4, n=3, note="spread 8%")]
+        self.record("profile", name, seed, {"batch": 4, **PLACE}, measured)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def only_table(bench: Bench) -> Table:
+    (table,) = build_tables(bench.store)
+    return table
+
+
+def test_seeds_are_averaged_with_an_interval(bench: Bench) -> None:
+    for seed, loss in enumerate((2.389, 2.391, 2.398)):
+        bench.arm("kan", seed, {"basis": "cheby2", "degree": 2, "hidden": 384}, loss, right=8, replaced=100)
+    row = only_table(bench).rows[0]
+    assert row.seeds == 3
+    assert row.figures["heldout_loss"].value == pytest.approx(2.392667, abs=1e-6)
+    low, high = row.figures["heldout_loss"].interval or (0, 0)
+    assert (low, high) == pytest.approx((2.38093, 2.40440), abs=1e-4)  # mean ± 4.303 · s/√3
+    assert row.what == "cheby2 degree 2, stack, hidden 384, blocks 25-26,29"
+
+
+def test_rows_of_different_settings_are_never_averaged(bench: Bench) -> None:
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    bench.arm("kan", 1, {"basis": "cheby2", "degree": 3}, 3.0, right=8)
+    rows = [row for row in only_table(bench).rows if row.name == "kan"]
+    assert sorted(row.figures["heldout_loss"].value for row in rows) == [2.0, 3.0]
+    assert [row.seeds for row in rows] == [1, 1]
+
+
+def test_another_way_of_asking_is_another_row(bench: Bench) -> None:
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    other = ASKED | {"questions": "others"}
+    about = {"source": "BIG-Bench Hard", "fingerprint": "others"}
+    bench.record("eval-bbh", "kan", 0, other, [Metric("accuracy", 0.25, n=9)], data=about)
+    table = only_table(bench)
+    assert sorted(row.figures["accuracy"].value for row in table.rows if row.name == "kan") == [0.25, 1.0]
+    assert any("Rows differ in eval-bbh settings: questions" in note for note in table.notes)
+    assert any("A subset: navigate, snarks" in note for note in table.notes)
+
+
+def test_a_newer_record_takes_the_place_of_an_older_one(bench: Bench) -> None:
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 9.0, right=0)
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    (row,) = [row for row in only_table(bench).rows if row.name == "kan"]
+    assert row.figures["heldout_loss"].value == 2.0
+    assert row.figures["accuracy"].value == 1.0
+
+
+def test_a_score_that_guessing_may_reach_is_marked(bench: Bench) -> None:
+    bench.arm("lucky", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=5)
+    bench.arm("good", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    marks = {row.name: row.figures["accuracy"].mark for row in only_table(bench).rows}
+    assert marks["lucky"] == "†"
+    assert marks["good"] == ""
+    assert any(note.startswith("† The interval includes guessing") for note in only_table(bench).notes)
+
+
+def test_missing_controls_are_named(bench: Bench) -> None:
+    def missing() -> str:
+        return next((note for note in only_table(bench).notes if note.startswith("Not in this suite")), "")
+
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8, replaced=1000)
+    assert missing() == (
+        "Not in this suite: the untouched model; a linear restart; a linear control with as many parameters as 'kan'."
+    )
+    bench.arm("untouched", 0, None, 2.0, right=8)
+    bench.arm("linear", 0, {"basis": "linear"}, 2.0, right=8, replaced=3000)
+    assert missing() == "Not in this suite: a linear control with as many parameters as 'kan'."
+    bench.arm("matched", 0, {"basis": "linear", "hidden": 512}, 2.0, right=8, replaced=1010)
+    assert missing() == ""
+
+
+def test_the_markdown_looks_like_this(bench: Bench) -> None:
+    """A golden layout: change it knowingly."""
+    bench.arm("untouched", 0, None, 2.274, right=8)
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2, "hidden": 384}, 2.391, right=4, replaced=1000)
+    assert (
+        to_markdown(build_tables(bench.store))
+        == f"""\
+## try on {bench.testbed}
+
+| arm | what | seeds | parameters | trained parameters | held-out loss | accuracy | decode tokens/s |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| untouched | untouched | 1 | 134.52M | 0.00M | 2.274 | 100.0 % | 75 |
+| kan | cheby2 degree 2, stack, hidden 384, blocks 25-26,29 | 1 | 134.52M | 0.00M | 2.391 | 50.0 % [50.0, 50.0] † | 75 |
+| guessing | no model |  | – | – | – | 50.0 % | – |
+| majority answer | no model |  | – | – | – | 55.0 % | – |
+
+- Accuracy: procedural, 8 questions of 2 tasks, protocol `chat`, greedy, at most 64 new tokens; plain mean over tasks, 95 % bootstrap interval over questions. Procedural questions are generated in BIG-Bench Hard's format and are not BIG-Bench Hard.
+- Training: 8,192 tokens of chat in rows of 256, 2 a step, peak learning rate 0.0004, scope `tail`.
+- Held-out loss: nats/token, over 500 tokens.
+- † The interval includes guessing: this score is no evidence of skill.
+- One seed only: untouched, kan. Differences between arms say nothing about other seeds.
+- Not in this suite: a linear restart; a linear control with as many parameters as 'kan'.
+- Measured with reservations: untouched, decode_tokens_per_second: spread 8%; kan, decode_tokens_per_second: spread 8%.
+- Machine: a processor, 2 cores, 24 GiB, no GPU. Computed on cpu in float32. Code: abcdef1234.
+- Run it again: `kallm run try`; this table: `kallm report --suite try`.
+
+## Published figures, for reference
+
+| published | trained parameters | GPU memory | accuracy |
+| --- | --- | --- | --- |
+| untouched SmolLM2-135M, 1 measurement | 134M in all | not given | 22.5 % |
+| linear restart of blocks 25-29, 3 seeds | 46M | 5.87 GB | 43.8 % |
+| cheby2 degree 2 in blocks 25-29, 3 seeds | 39M | 5.86 GB | 44.1 % |
+
+- From "Wrapping Up KALLM", OSRE 2025 (2025-09-03): trained on smol-smoltalk, scored on an unnamed subset of BIG-Bench Hard in chat form. No intervals and no parameter-matched control were published; other data, prompts and subsets make these figures incomparable with the tables above.
+"""
+    )  # noqa: E501
+
+
+def test_the_csv_holds_plain_numbers_with_units(bench: Bench) -> None:
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.391, right=5)
+    (kan, guessing, majority) = csv.DictReader(io.StringIO(to_csv(build_tables(bench.store))))
+    assert kan["heldout_loss (nats/token)"] == "2.391"
+    assert kan["accuracy (fraction)"] == "0.625"
+    assert 0 < float(kan["accuracy (fraction) low"]) < 0.625 < float(kan["accuracy (fraction) high"]) <= 1
+    assert kan["peak_resident_bytes (bytes)"] == ""
+    assert (guessing["accuracy (fraction)"], majority["accuracy (fraction)"]) == ("0.5", "0.55")
+
+
+def test_reports_of_two_machines_stand_apart_and_can_be_chosen(bench: Bench) -> None:
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    first = bench.testbed
+    bench.testbed = bench.store.testbed(MACHINE | {"cores": 64})
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 3.0, right=8)
+    assert [table.testbed for table in build_tables(bench.store)] == sorted([first, bench.testbed])
+    (table,) = build_tables(bench.store, testbed=first)
+    assert table.rows[0].figures["heldout_loss"].value == 2.0
+    assert build_tables(bench.store, suite="other") == []
