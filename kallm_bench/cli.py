@@ -180,7 +180,7 @@ def profile(
         bench = _bench(results, display, device, dtype, None)
         ref = find_ref(checkpoint)
         scope = scope or ("tail" if ref.lineage else "all")
-        record = engine.profile(bench, ref, ProfileSettings(batch, length, repeats, scope), again=True)
+        record = engine.profile(bench, ref, ProfileSettings(batch, length, repeats=repeats, scope=scope), again=True)
     console.show_records([record], as_json)
 
 

@@ -79,7 +79,7 @@ def test_replies_on_the_device(tiny_llama: Any, bundled_tokenizer: Any, tmp_path
 def test_the_profile_measures_gpu_memory(tiny_llama: Any) -> None:
     model = tiny_llama().to("cuda")
     retrofit(model, KANSpec("2-3", "cheby2"))
-    metrics = {metric.name: metric for metric in measure_training(model, ProfileSettings(2, 64, 3, "tail"))}
+    metrics = {metric.name: metric for metric in measure_training(model, ProfileSettings(2, 64, repeats=3))}
     assert (metrics["peak_vram_allocated_bytes"].value or 0) > 0
     assert (metrics["train_tokens_per_second"].value or 0) > 0
     assert "driver" in environment(torch.device("cuda"))["gpu"]

@@ -35,14 +35,15 @@ class ProfileSettings:
     """What is measured.
 
     Args:
-        batch, length: sequences at once, and tokens in each, for prefill and training; decoding starts from 16 tokens
-            and adds half the length.
+        batch, length: sequences at once, and tokens in each, for prefill and training.
+        new_tokens: how many decoding adds to each sequence, from 16 on.
         repeats: timed runs of each, after one to warm up.
         scope, tail_from: what learns in the training step; "none" skips it.
     """
 
     batch: int = 4
     length: int = 256
+    new_tokens: int = 32
     repeats: int = 5
     scope: str = "tail"
     tail_from: int | None = None
@@ -51,7 +52,7 @@ class ProfileSettings:
 def measure_inference(model: PreTrainedModel, settings: ProfileSettings, watch: Watch = nobody) -> list[Metric]:
     """Prefill and decode throughput of a model in the dtype it is served in."""
     ids = _random_tokens(model, settings)
-    new = settings.length // 2
+    new = settings.new_tokens
     timed = functools.partial(_timed, device=model.device, repeats=settings.repeats, watch=watch)
     with torch.inference_mode():
         prefill = timed("prefill_tokens_per_second", ids.numel(), lambda: _prefill(model, ids))
