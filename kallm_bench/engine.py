@@ -16,17 +16,25 @@ from kallm_bench.bbh.evaluate import EvalSettings, ask, score
 from kallm_bench.bbh.protocols import find_protocol
 from kallm_bench.bbh.questions import load_questions
 from kallm_bench.bbh.tasks import TASKS
-from kallm_bench.errors import KallmError
+from kallm_bench.errors import KallmError, TrainingError
 from kallm_bench.files import write_file
 from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, parameter_count, ref_after
-from kallm_bench.models import KANSpec, complete_spec, load_config, load_model, replaced_modules, save_checkpoint
+from kallm_bench.models import (
+    KANSpec,
+    complete_spec,
+    load_config,
+    load_model,
+    load_tokenizer,
+    replaced_modules,
+    save_checkpoint,
+)
 from kallm_bench.models import retrofit as retrofit_model
 from kallm_bench.models.sources import cache_folder
 from kallm_bench.profiling import ProfileSettings, flops_per_token, measure_inference, measure_training
 from kallm_bench.records import Metric, ResultsStore, RunRecord
 from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
 from kallm_bench.suites import Cell, Suite
-from kallm_bench.training import SCOPES, TrainSettings, find_data, parameters_in, prepare, train
+from kallm_bench.training import SCOPES, TrainSettings, find_data, parameters_in, prepare, tokenizer_fingerprint, train
 
 
 def retrofit(
@@ -47,20 +55,18 @@ def retrofit(
     """
     spec = complete_spec(load_config(ref.open()), spec)
     stage = Stage(bench, "retrofit", {"spec": spec.to_json()}, ref)
-    folder = out or bench.runs / _checkpoint_name(ref.label, spec, stage.key)
-    done = stage.done(weights_needed)
-    if done and (not weights_needed or Path(done.artifacts[0].path).parent == folder):
+    stage.folder = out or bench.runs / _checkpoint_name(ref.label, spec, stage.key)
+    if done := stage.done(weights_needed):
         return done
-
-    replace = stage.may_replace(folder, replace)
+    replace = stage.may_replace(replace)
     bench.watch("retrofit", 0, 3, "loading")
     model, tokenizer = load_model(ref.open(), torch.float32)
     bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks")
     retrofit_model(model, spec)
     bench.watch("retrofit", 2, 3, "saving")
-    save_checkpoint(folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
+    save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
     bench.watch("retrofit", 3, 3)
-    return stage.finish(_size_metrics(model), folder=folder, model=model)
+    return stage.finish(_size_metrics(model), saved=True, model=model)
 
 
 def train_model(
@@ -68,19 +74,24 @@ def train_model(
 ) -> RunRecord:
     """Trains a checkpoint, from where it was stopped, and saves it; zero tokens only measure the held-out loss."""
     data, heldout = find_data(settings.data), settings.heldout and find_data(settings.heldout)
-    described = dataclasses.asdict(settings) | bench.place
+    tokenizer = load_tokenizer(ref.open())
+    described = dataclasses.asdict(settings) | bench.place | {"tokenizer": tokenizer_fingerprint(tokenizer)}
     described |= {"data": data.fingerprint, "heldout": heldout.fingerprint if heldout else None}
+    if settings.steps == 0:
+        described["seed"] = None  # one measurement serves every seed
     stage = Stage(bench, "train", described, ref)
-    folder = out or bench.runs / f"{ref.label}-trained-{stage.key[:8]}"
-    if done := stage.done(weights_needed=True):
+    if settings.steps:
+        stage.folder = out or bench.runs / f"{ref.label}-trained-{stage.key[:8]}"
+    if done := stage.done():
         return done
-
-    replace = stage.may_replace(folder, replace)
+    if bench.dtype == torch.float16 and settings.steps:
+        raise TrainingError("training in float16 needs loss scaling, which is not here yet; take --dtype bfloat16")
+    replace = stage.folder is not None and stage.may_replace(replace)
 
     def packing(done: int, total: int) -> None:
         bench.watch("packing conversations", done, total)
 
-    model, tokenizer = load_model(ref.open(), torch.float32, bench.device)
+    model, _ = load_model(ref.open(), torch.float32, bench.device)
     if settings.steps:
         parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
     rows, kept = prepare(
@@ -103,13 +114,13 @@ def train_model(
         Metric("trainable_parameters", result.trainable_parameters),
         Metric("trained_tokens", settings.steps * settings.rows_per_step * settings.row_length),
     ]
-    about = {"source": Path(settings.data).name, "fingerprint": data.fingerprint}
-    if settings.steps == 0:
+    about = {"source": data.label, "fingerprint": data.fingerprint}
+    if stage.folder is None:
         return stage.finish(metrics, data=about, model=model)
     last = result.losses[-max(1, len(result.losses) // 10) :]
     metrics.append(Metric("train_loss", sum(last) / len(last), n=len(last), samples=result.losses))
-    save_checkpoint(folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
-    record = stage.finish(metrics, folder=folder, data=about, model=model)
+    save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
+    record = stage.finish(metrics, saved=True, data=about, model=model)
     shutil.rmtree(state, ignore_errors=True)
     return record
 
@@ -119,18 +130,20 @@ def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
     protocol = find_protocol(settings.protocol)
     questions = load_questions(settings.source, settings.tasks, settings.limit, settings.questions_seed)
     max_new_tokens = settings.max_new_tokens or protocol.max_new_tokens
+    tokenizer = load_tokenizer(ref.open())
     described = {
         "protocol": protocol.name,
         "tasks": list(questions.tasks),
         "limit": settings.limit,
         "max_new_tokens": max_new_tokens,
         "questions": questions.fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         **bench.place,
     }
     stage = Stage(bench, "eval-bbh", described, ref)
     if done := stage.done():
         return done
-    model, tokenizer = load_model(ref.open(), bench.dtype, bench.device)
+    model, _ = load_model(ref.open(), bench.dtype, bench.device)
     partial = bench.runs / "unfinished" / f"{stage.key}.jsonl"
     size = bench.batch_size or (256 if bench.device.type == "cuda" else 16)
     samples = ask(model, tokenizer, questions, protocol, max_new_tokens, partial, size, bench.watch)

@@ -6,6 +6,8 @@ that key exists on this testbed, and what it left behind is still on the disk, t
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 
 from kallm_bench.errors import CheckpointError
 from kallm_bench.files import DiskError, sha256
-from kallm_bench.models import Source, find_model
+from kallm_bench.models import Source, find_model, read_lineage, specs_of
 from kallm_bench.profiling import environment
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Artifact, Metric, ResultsStore, RunRecord, settings_key
@@ -75,7 +77,7 @@ class ModelRef:
     name: str
     fingerprint: str
     lineage: tuple[dict[str, str], ...] = ()
-    remake: Callable[[], object] | None = None
+    remake: Callable[[], RunRecord] | None = None
 
     @property
     def label(self) -> str:
@@ -88,30 +90,37 @@ class ModelRef:
         Raises:
             CheckpointError: it is not what it was.
         """
-        if self.remake is not None and not self._is_intact():
-            self.remake()
-        source = find_model(self.name)
+        source = self._intact()
+        if source is None and self.remake is not None:
+            made = self.remake()
+            source = find_model(str(_folder_of(made)))
+        source = source or find_model(self.name)
         if source.fingerprint != self.fingerprint:
             raise CheckpointError(f"{self.name} has changed since it was recorded; its weights are not the same")
         return source
 
-    def _is_intact(self) -> bool:
-        return Path(self.name).is_dir() and find_model(self.name).fingerprint == self.fingerprint
+    def _intact(self) -> Source | None:
+        try:
+            source = find_model(self.name) if self.remake is None or Path(self.name).is_dir() else None
+        except CheckpointError:
+            if self.remake is None:
+                raise
+            return None
+        return source if source and source.fingerprint == self.fingerprint else None
 
 
 def find_ref(name: str) -> ModelRef:
     """A model a user named. Raises as find_model does."""
     source = find_model(name)
-    return ModelRef(name, source.fingerprint, tuple(source.lineage))
+    return ModelRef(name, source.fingerprint, tuple(read_lineage(source.folder)))
 
 
-def ref_after(record: RunRecord, before: ModelRef, remake: Callable[[], object] | None = None) -> ModelRef:
+def ref_after(record: RunRecord, before: ModelRef, remake: Callable[[], RunRecord] | None = None) -> ModelRef:
     """The model that a retrofit or training left, as the next stage's start; `before` itself where it left none."""
     if not record.artifacts:
         return before
     entry = {"id": record.id, "key": record.key, "stage": record.stage}
-    folder = str(Path(record.artifacts[0].path).parent)
-    return ModelRef(folder, record.model["fingerprint"], (*before.lineage, entry), remake)
+    return ModelRef(str(_folder_of(record)), record.model["fingerprint"], (*before.lineage, entry), remake)
 
 
 @dataclass
@@ -122,39 +131,66 @@ class Stage:
         bench, ref: where it works and what it starts from.
         name: a key of CODE.
         settings: everything that decides its result.
+        folder: where it leaves a checkpoint, if it does.
     """
 
     bench: Bench
     name: str
     settings: dict[str, Any]
     ref: ModelRef
+    folder: Path | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __post_init__(self) -> None:
         self.settings = {**self.settings, "weights": self.ref.fingerprint}
         parents = [entry["key"] for entry in self.ref.lineage[-1:]]
-        self.key = settings_key(self.name, CODE[self.name], self.settings, parents, self.ref.fingerprint)
-        self.arm = self.bench.arm or self.ref.label
+        self.key = settings_key(self.name, CODE[self.name], self.settings, parents)
+
+    @property
+    def arm(self) -> str:
+        """What the record is filed under: the suite's arm, else the checkpoint that is made, else the one at hand."""
+        return self.bench.arm or (self.folder.name if self.folder else self.ref.label)
+
+    @functools.cached_property
+    def id(self) -> str:
         label = f"{self.name}-{self.arm}-s{self.bench.seed}"
-        self.id = f"{self.started:%Y%m%dT%H%M%SZ}-{label}-{self.key[:8]}-{uuid.uuid4().hex[:4]}"
+        return f"{self.started:%Y%m%dT%H%M%SZ}-{label}-{self.key[:8]}-{uuid.uuid4().hex[:4]}"
 
     def done(self, weights_needed: bool = True) -> RunRecord | None:
-        """The record of this very stage, if there is one and what it left behind is still there."""
-        record = self.bench.store.find(self.key, self.bench.testbed)
-        if record is None or (weights_needed and not all(Path(each.path).is_file() for each in record.artifacts)):
-            return None
-        return record
+        """The record of this very stage, if there is one and what it left behind is still there, unchanged.
 
-    def may_replace(self, folder: Path, force: bool) -> bool:
+        Work that was done for another cell is not done again: its record is filed for this one too, as reused.
+        """
+        record = self.bench.store.find(self.key, self.bench.testbed, self.bench.suite, self.arm)
+        if record is None or (weights_needed and not all(_is_intact(each) for each in record.artifacts)):
+            return None
+        if self.folder and weights_needed and record.artifacts and _folder_of(record) != self.folder:
+            return None
+        if (record.suite, record.arm) == (self.bench.suite, self.arm):
+            return record
+        again = dataclasses.replace(
+            record,
+            id=self.id,
+            suite=self.bench.suite,
+            arm=self.arm,
+            seed=self.bench.seed,
+            testbed=self.bench.testbed,
+            reused=record.reused or record.id,
+        )
+        self.bench.store.write(again, self.bench.store.samples(record) or None)
+        return again
+
+    def may_replace(self, force: bool) -> bool:
         """Whether a checkpoint at `folder` may be replaced: where asked to, or where this very stage made it.
 
         Raises:
             DiskError: something else stands there. Asked before the work, so that none is done in vain.
         """
-        lineage = Source(folder.name, folder, "").lineage
+        assert self.folder is not None
+        lineage = read_lineage(self.folder)
         allowed = force or bool(lineage and lineage[-1]["key"] == self.key)
-        if folder.exists() and not allowed:
-            raise DiskError(f"{folder} exists; pass --force to replace it, or another --out")
+        if self.folder.exists() and not allowed:
+            raise DiskError(f"{self.folder} exists; pass --force to replace it, or another --out")
         return allowed
 
     def lineage(self) -> tuple[dict[str, str], ...]:
@@ -165,11 +201,12 @@ class Stage:
         metrics: Sequence[Metric],
         *,
         model: PreTrainedModel,
-        folder: Path | None = None,
+        saved: bool = False,
         data: dict[str, Any] | None = None,
         samples: Sequence[dict[str, Any]] | None = None,
     ) -> RunRecord:
-        """Writes the record and returns it."""
+        """Writes the record and returns it. `saved`: whether a checkpoint was left in `folder`."""
+        folder = self.folder if saved else None
         fingerprint = find_model(str(folder)).fingerprint if folder else self.ref.fingerprint
         learning = next((metric.value for metric in metrics if metric.name == "trainable_parameters"), None)
         record = RunRecord(
@@ -189,14 +226,23 @@ class Stage:
                 "fingerprint": fingerprint,
                 "parameters": parameter_count(model),
                 "trainable_parameters": learning,
+                "specs": [spec.to_json() for spec in specs_of(model.config)],
             },
             data=data or {},
             metrics=tuple(metrics),
-            environment=environment(self.bench.device),
+            environment=environment(self.bench.device) | {"batch_size": self.bench.batch_size},
             artifacts=_artifacts(folder) if folder else (),
         )
         self.bench.store.write(record, samples)
         return record
+
+
+def _folder_of(record: RunRecord) -> Path:
+    return Path(record.artifacts[0].path).parent
+
+
+def _is_intact(artifact: Artifact) -> bool:
+    return Path(artifact.path).is_file() and sha256(Path(artifact.path)) == artifact.sha256
 
 
 def _artifacts(folder: Path) -> tuple[Artifact, ...]:

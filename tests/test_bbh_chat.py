@@ -16,6 +16,12 @@ from kallm_bench.errors import BBHError
 
 SNARKS = "Which statement is sarcastic?\nOptions:\n(A) He's a generous person\n(B) He's a terrible person"
 PENGUINS = "Which is the oldest penguin?\nOptions:\n(A) Louis\n(B) Bernard\n(C) Vincent\n(D) Gwen\n(E) James"
+COLOURS = "What color is it?\nOptions:\n" + "\n".join(
+    f"({letter}) {name}"
+    for letter, name in zip(
+        "ABCDEFGHI", ["blue", "red", "teal", "gold", "pink", "gray", "mauve", "brown", "black"], strict=True
+    )
+)
 NESTED = "Find a movie similar to these:\nOptions:\n(A) Batman\n(B) Batman Returns\n(C) 12\n(D) 2"
 
 GOLDEN: list[tuple[str, str, str, str | None, bool]] = [
@@ -31,6 +37,12 @@ GOLDEN: list[tuple[str, str, str, str | None, bool]] = [
     (PENGUINS, "(B)", 'The answer is "B".', "(B)", True),
     (PENGUINS, "(A)", "A penguin called Gwen.", "(D)", False),  # an article is no option
     (PENGUINS, "(A)", "I think it is A", "(A)", True),
+    (PENGUINS, "(A)", "Option A is correct.", "(A)", True),
+    (PENGUINS, "(A)", "A and not B", "(A)", True),
+    (PENGUINS, "(A)", "B, because he is eight", "(B)", False),
+    (COLOURS, "(A)", "I'm not sure, but blue", "(A)", True),
+    (COLOURS, "(A)", "I'd say blue.", "(A)", True),
+    (COLOURS, "(B)", "Q: color? A: red", "(B)", True),
     (PENGUINS, "(C)", "It is Vincent.", "(C)", True),
     (PENGUINS, "(C)", "It is vincent.", None, False),  # exact text only
     (PENGUINS, "(C)", "Louise is older", None, False),  # not a part of a word

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from kallm_bench.bbh.extraction import is_right, read_answer
 from kallm_bench.bbh.generation import answer
 from kallm_bench.bbh.protocols import Protocol
 from kallm_bench.bbh.questions import QuestionSet
 from kallm_bench.bbh.tasks import Question
+from kallm_bench.errors import BBHError
 from kallm_bench.files import explained
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Metric
@@ -33,6 +35,9 @@ class EvalSettings:
         source, tasks, limit: see questions.load_questions.
         max_new_tokens: where an answer is cut; None for the protocol's own.
         questions_seed: of procedural questions. Not an arm's seed: every arm gets the same questions.
+
+    Raises:
+        BBHError: a count below 1.
     """
 
     protocol: str = "chat"
@@ -41,6 +46,10 @@ class EvalSettings:
     limit: int | None = None
     max_new_tokens: int | None = None
     questions_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.limit is not None and self.limit < 1) or (self.max_new_tokens is not None and self.max_new_tokens < 1):
+            raise BBHError(f"limit and max_new_tokens must be at least 1, got {self.limit} and {self.max_new_tokens}")
 
 
 def ask(
@@ -53,7 +62,7 @@ def ask(
     batch_size: int = 16,
     watch: Watch = nobody,
 ) -> list[Sample]:
-    """Puts every question to the model.
+    """Puts every question to the model, whose generation settings it replaces by plain greedy ones.
 
     Replies are appended to `partial` as they come, so that a run that was stopped asks only what is missing. Questions
     go in the order of their length, so that little is padded.
@@ -73,29 +82,28 @@ def ask(
     total = len(questions.questions)
     with explained(partial):
         partial.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("a", encoding="utf-8")
-    with file:
-        while missing:
-            batch = missing[:batch_size]
-            keys = [(q.task, q.index) for q in batch]
-            try:
-                replies, forwarded = answer(model, tokenizer, [ids[key] for key in keys], max_new_tokens)
-            except torch.OutOfMemoryError:
-                if batch_size == 1:
-                    raise
-                batch_size = max(1, len(batch) // 2)
-                torch.cuda.empty_cache()
-                watch("questions", len(samples), total, f"out of memory, {batch_size} at once from here")
-                continue
-            del missing[:batch_size]
-            for question, key, reply in zip(batch, keys, replies, strict=True):
-                sample = _sample(question, protocol, prompts[key], reply, forwarded / len(batch))
-                samples[key] = sample
-            with explained(partial):
-                file.write("".join(json.dumps(samples[key], ensure_ascii=False) + "\n" for key in keys))
-                file.flush()
-            right = sum(sample["correct"] for sample in samples.values())
-            watch("questions", len(samples), total, f"{right} right")
+        partial.touch()
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id
+    )  # greedy and nothing else: no repetition penalty or minimum length that a model may ship with
+    while missing:
+        batch = missing[:batch_size]
+        keys = [(q.task, q.index) for q in batch]
+        try:
+            replies, forwarded = answer(model, tokenizer, [ids[key] for key in keys], max_new_tokens)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size = max(1, len(batch) // 2)
+            watch("questions", len(samples), total, f"out of memory, {batch_size} at once from here")
+            continue
+        for question, key, reply in zip(batch, keys, replies, strict=True):
+            samples[key] = _sample(question, protocol, prompts[key], reply, forwarded / len(batch))
+        with explained(partial), partial.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(samples[key], ensure_ascii=False) + "\n" for key in keys))
+        del missing[:batch_size]
+        right = sum(sample["correct"] for sample in samples.values())
+        watch("questions", len(samples), total, f"{right} right")
     return [samples[q.task, q.index] for q in questions.questions]
 
 
@@ -143,8 +151,8 @@ def _read(partial: Path) -> list[Sample]:
     """The samples of an earlier run; a last line that was cut off is dropped, and asked again."""
     if not partial.is_file():
         return []
-    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        partial.write_text("".join(whole), encoding="utf-8")
-    return [json.loads(line) for line in whole]
+    content = partial.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(partial, len(whole))
+    return [json.loads(line) for line in whole.split(b"\n") if line]

@@ -18,9 +18,9 @@ import string
 from kallm_bench.bbh.tasks import TASKS, Question
 
 _PUNCTUATION = re.escape(string.punctuation)
-_LONE_LETTER = re.compile(r"(?<![^\s\"'*])([A-Z])(?=[\s\"'*.,:;!?)]|$)")
-_ARTICLE_OR_PRONOUN = re.compile(r"[AI]\s+[a-z']")
-"""'A dog', 'I think': an A or I that begins a phrase is a word, not an option."""
+_LONE_LETTER = re.compile(r"(?<![^\s\"'*])([A-Z])(?=[\s.,)]|[\"'*](?![A-Za-z])|$)")
+_ARTICLE_OR_PRONOUN = re.compile(r"[AI]\s+(?!(?:is|and|or|because|since|as)\b)[a-z']")
+"""'A dog', 'I think': an A or I that begins a phrase is a word, not an option; 'A is right', 'A or B' are options."""
 
 
 def read_answer(question: Question, reply: str) -> str | None:

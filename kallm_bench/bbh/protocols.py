@@ -29,8 +29,8 @@ class Protocol:
         Raises:
             BBHError: the tokenizer has no chat template.
         """
-        if not tokenizer.chat_template:
-            raise BBHError(f"protocol '{self.name}' needs a chat template and this tokenizer has none")
+        if tokenizer is None or not tokenizer.chat_template:
+            raise BBHError(f"protocol '{self.name}' needs a tokenizer with a chat template, and the model has none")
         content = f"{TASKS[question.task].description}\n\n{question.text}"
         turns = [{"role": "user", "content": content}]
         prompt: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -39,6 +39,9 @@ INDIVIDUAL_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 and then line breaks before a digit are cut differently from what the model was trained on."""
 
 
+DEQUANTISING = "v1"
+"""Raised with every change of `read_gguf` that changes what comes out, so that no cache outlives a fault."""
+
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 """A folder with none of these files has no tokenizer."""
 
@@ -50,7 +53,7 @@ class Source:
     Args:
         name: as the user wrote it.
         folder: a Hugging Face folder, or the .gguf file.
-        fingerprint: sha256 over the weights as they lie on disk.
+        fingerprint: sha256 over all that decides what it computes: weights, configuration, generation settings.
     """
 
     name: str
@@ -61,16 +64,20 @@ class Source:
     def is_gguf(self) -> bool:
         return self.folder.suffix == ".gguf"
 
-    @property
-    def lineage(self) -> list[dict[str, str]]:
-        """The records that led to a checkpoint of ours, oldest first; empty for any other model."""
-        note = self.folder / "kallm.json"
-        if not note.is_file():
-            return []
-        try:
-            return list(json.loads(note.read_text())["lineage"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{note} is damaged: it is no JSON object with a 'lineage'") from error
+
+def read_lineage(folder: Path) -> list[dict[str, str]]:
+    """The records that led to a checkpoint of ours, oldest first; empty for any other model.
+
+    Raises:
+        CheckpointError: its note of them is damaged.
+    """
+    note = folder / "kallm.json"
+    if not note.is_file():
+        return []
+    try:
+        return list(json.loads(note.read_text())["lineage"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{note} is damaged: it is no JSON object with a 'lineage'") from error
 
 
 def find_model(name: str) -> Source:
@@ -145,6 +152,17 @@ def load_config(source: Source) -> Any:
     return config.to_base() if isinstance(config, KallmConfig) else config
 
 
+def load_tokenizer(source: Source) -> Any | None:
+    """The model's tokenizer, without its weights; None where it has none. Raises as load_model does."""
+    quiet_transformers()
+    register()
+    folder = _dequantised(source, torch.float32) if source.is_gguf else source.folder
+    try:
+        return _tokenizer(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(folder, error) from error
+
+
 def _tokenizer(folder: Path) -> Any | None:
     """The folder's tokenizer; None where it holds none."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
@@ -157,7 +175,7 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """sha256 over the names and sha256 of a folder's safetensors files, each checked to be whole.
+    """sha256 over a folder's safetensors files, each checked to be whole, and what its configuration files say.
 
     Raises:
         CheckpointError: no config.json, no safetensors, or a damaged one.
@@ -173,9 +191,26 @@ def weights_fingerprint(folder: Path) -> str:
                 pass
         except SafetensorError as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
-    if len(files) == 1:
-        return sha256(files[0])
-    return hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+    parts = [f"{file.name} {sha256(file)}" for file in files]
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            parts.append(f"{name} {_meaning(folder / name)}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _meaning(path: Path) -> str:
+    """A configuration file's content, without what says by which version or from where it was written."""
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        told = ("transformers_version", "_name_or_path", "_model_name_or_path")
+        return {key: kept(each) for key, each in value.items() if key not in told}
+
+    try:
+        return json.dumps(kept(json.loads(path.read_text())), sort_keys=True)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def cache_folder() -> Path:
@@ -192,11 +227,9 @@ def _bundled_file() -> Path:
 
 def _dequantised(source: Source, dtype: torch.dtype) -> Path:
     """The cached safetensors folder of a GGUF file in `dtype`; made on first use."""
-    folder = (
-        cache_folder()
-        / "models"
-        / f"{source.folder.stem}-{source.fingerprint[:12]}-{str(dtype).removeprefix('torch.')}"
-    )
+    kind = str(dtype).removeprefix("torch.")
+    name = f"{source.folder.stem}-{source.fingerprint[:12]}-{kind}-{DEQUANTISING}"
+    folder = cache_folder() / "models" / name
     if not folder.is_dir():
         model, tokenizer = read_gguf(source.folder)
         with new_folder(folder, replace=True, needed_bytes=source.folder.stat().st_size * 8) as temporary:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 def peak_memory(device: torch.device) -> Iterator[list[Metric]]:
     """Yields a list that holds the metrics of peak memory when the block is left."""
     metrics: list[Metric] = []
+    _give_back(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield metrics
@@ -29,6 +33,15 @@ def peak_memory(device: torch.device) -> Iterator[list[Metric]]:
     peak = _peak_resident_bytes()
     note = "" if reset else "since the process began: this system cannot reset its peak"
     metrics.append(Metric("peak_resident_bytes", peak, note=note if peak else "this system does not say"))
+
+
+def _give_back(device: torch.device) -> None:
+    """Returns what earlier work has freed and the allocators still hold, so that a peak is that of this work."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kallm_bench.errors import DeviceError
 from kallm_bench.profiling.memory import peak_memory
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Metric
@@ -39,6 +40,9 @@ class ProfileSettings:
         new_tokens: how many decoding adds to each sequence, from 16 on.
         repeats: timed runs of each, after one to warm up.
         scope, tail_from: what learns in the training step; "none" skips it.
+
+    Raises:
+        DeviceError: a value that measures nothing.
     """
 
     batch: int = 4
@@ -47,6 +51,11 @@ class ProfileSettings:
     repeats: int = 5
     scope: str = "tail"
     tail_from: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in {"batch": 1, "length": 32, "new_tokens": 1, "repeats": 2}.items():
+            if getattr(self, name) < least:
+                raise DeviceError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 def measure_inference(model: PreTrainedModel, settings: ProfileSettings, watch: Watch = nobody) -> list[Metric]:

@@ -50,7 +50,20 @@ class Artifact:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One stage of one cell. Fields as in the JSON; see the README for what a reader of the files should know."""
+    """One stage of one cell.
+
+    Args:
+        id: unique; begins with the time it started.
+        stage, suite, arm, seed, testbed: what ran, for which cell, where.
+        started, seconds: UTC, and how long it took.
+        parents: ids of the records whose result it started from.
+        settings: everything that decides the result, "weights" being the fingerprint of the model it started from.
+        key: hash under which the stage is found again, see settings_key.
+        model: {source, fingerprint, parameters, trainable_parameters, specs} after the stage.
+        data: {source, fingerprint} of conversations or questions; empty where there are none.
+        metrics, environment, artifacts: what was measured, with what, and the files that were left.
+        reused: id of the record that this one repeats for another cell, where the work was already done.
+    """
 
     id: str
     stage: str
@@ -68,6 +81,7 @@ class RunRecord:
     metrics: tuple[Metric, ...]
     environment: dict[str, Any]
     artifacts: tuple[Artifact, ...] = ()
+    reused: str = ""
     schema: int = field(default=SCHEMA)
 
     def value(self, name: str) -> float | None:
@@ -115,14 +129,14 @@ class RunRecord:
             raise RecordError(f"not a record: {error}") from error
 
 
-def settings_key(stage: str, code: int, settings: dict[str, Any], parents: Sequence[str], inputs: str) -> str:
+def settings_key(stage: str, code: int, settings: dict[str, Any], parents: Sequence[str]) -> str:
     """The key under which a stage's result is found again.
 
     Args:
         stage, code: the stage and the integer version of its code, raised whenever a change of code changes results.
-        settings: complete, JSON-able.
+        settings: JSON-able; the fingerprint of the weights it starts from among them, so that a retrained model never
+            meets old answers.
         parents: keys of the records it builds on.
-        inputs: fingerprint of the weights it starts from, so that a retrained model never meets old answers.
     """
-    text = json.dumps([stage, code, settings, list(parents), inputs], sort_keys=True, separators=(",", ":"))
+    text = json.dumps([stage, code, settings, list(parents)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -22,22 +22,28 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval | No
 def accuracy_interval(
     correct: Mapping[str, np.ndarray], level: float = 0.95, replicates: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Bootstrap interval of the plain mean over tasks, questions drawn anew within each task.
+    """Interval of the plain mean over tasks: the Bayesian bootstrap over the questions of each task.
 
-    A question answered by several seeds is one draw, with the mean over its seeds: seeds are no new questions.
+    Half an observation of a right answer and half of a wrong one join each task, so that one with nothing right is not
+    taken for one where nothing can ever be right, as resampling alone would have it. They widen the interval and do not
+    move it. A question answered by several seeds is one observation, the mean over its seeds: seeds are no new
+    questions.
 
     Args:
         correct: task -> (seeds, questions) of 0 and 1, or of shares.
         replicates: how many draws; `seed` makes them the same each time.
 
     Source:
-        Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13 (percentile interval).
+        Rubin 1981, "The Bayesian Bootstrap", Annals of Statistics 9.
     """
     generator = np.random.default_rng(seed)
     total = np.zeros(replicates)
     for task in sorted(correct):
         shares = np.atleast_2d(np.asarray(correct[task], dtype=float)).mean(axis=0)  # (questions,)
-        drawn = generator.multinomial(len(shares), np.full(len(shares), 1 / len(shares)), size=replicates)
-        total += drawn @ shares / len(shares)
-    low, high = np.quantile(total / len(correct), [(1 - level) / 2, (1 + level) / 2])
+        values, counts = np.unique(np.concatenate([shares, [0.0, 1.0]]), return_counts=True)
+        counts = counts - 0.5 * ((values == 0) | (values == 1))
+        noise = generator.dirichlet(counts, size=replicates) @ values - counts @ values / counts.sum()
+        n = len(shares)
+        total += shares.mean() + noise * np.sqrt((n + 2) / max(n - 1, 1))  # the variance of a mean, without its bias
+    low, high = np.quantile(np.clip(total / len(correct), 0, 1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

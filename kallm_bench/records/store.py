@@ -70,9 +70,11 @@ class ResultsStore:
             found.append(_moved(record, path))
         return sorted(found, key=lambda record: (record.started, record.id))
 
-    def find(self, key: str, testbed: str) -> RunRecord | None:
-        """The newest record of this key on this testbed."""
-        return next((record for record in reversed(self.records(testbed=testbed)) if record.key == key), None)
+    def find(self, key: str, testbed: str, suite: str = "", arm: str = "") -> RunRecord | None:
+        """The newest record of this key on this testbed; of this suite and arm, if there is one of them."""
+        found = [record for record in self.records(testbed=testbed) if record.key == key]
+        here = [record for record in found if (record.suite, record.arm) == (suite, arm)]
+        return here[-1] if here else found[-1] if found else None
 
     # --- testbeds -----------------------------------------------------------------------------------------------------
 

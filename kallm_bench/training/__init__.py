@@ -1,6 +1,6 @@
 """Training: conversations to packed rows, what learns, the loss, the loop."""
 
-from kallm_bench.training.data import Rows, find_data, prepare
+from kallm_bench.training.data import Rows, find_data, prepare, tokenizer_fingerprint
 from kallm_bench.training.loop import TrainResult, TrainSettings, train
 from kallm_bench.training.scope import SCOPES, apply_scope, parameters_in
 
@@ -13,5 +13,6 @@ __all__ = [
     "find_data",
     "parameters_in",
     "prepare",
+    "tokenizer_fingerprint",
     "train",
 ]

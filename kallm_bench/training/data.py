@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ LEARN, FIRST = 1, 2
 
 IGNORE = -100
 """Target of a token that bears no loss, as in torch's cross_entropy."""
+
+FILE_ENDINGS = (".jsonl", ".gz", ".json", ".parquet", ".txt", ".csv")
 
 Conversation = list[dict[str, str]]
 Progress = Callable[[int, int], None]
@@ -140,8 +143,9 @@ def _part(conversations: Iterable[Conversation], part: str) -> list[Conversation
 
 @dataclass(frozen=True)
 class DataSource:
-    """Conversations at hand: a fingerprint of their bytes, and a function that reads them."""
+    """Conversations at hand: their name in tables, a fingerprint of their bytes, and a function that reads them."""
 
+    label: str
     fingerprint: str
     read: Callable[[], Iterator[Conversation]]
 
@@ -150,12 +154,12 @@ def find_data(source: str) -> DataSource:
     """The data called `source`. DataError where there is none; says what to run instead."""
     if source == "bundled":
         path = _bundled_file()
-        return DataSource(sha256(path), lambda: _read_chitchat(path))
+        return DataSource(source, sha256(path), lambda: _read_chitchat(path))
     path = Path(source).expanduser()
     if path.is_file():
         reader = _read_parquet if path.suffix == ".parquet" else _read_jsonl
-        return DataSource(sha256(path), lambda: reader(path))
-    if path.suffix or path.exists() or source.count("/") != 1:
+        return DataSource(path.name, sha256(path), lambda: reader(path))
+    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in FILE_ENDINGS:
         raise DataError(f"no data file '{source}'; data is a JSONL(.gz) or parquet file, a hub id, or 'bundled'")
     return _hub_data(source)
 
@@ -183,7 +187,7 @@ def _read_jsonl(path: Path) -> Iterator[Conversation]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _conversation(line, f"{path}, line {number}")
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(f"{path} is damaged: {error}") from error
 
 
@@ -193,7 +197,7 @@ def _read_parquet(path: Path) -> Iterator[Conversation]:
 
     try:
         rows = pyarrow.parquet.read_table(path, columns=["messages"]).to_pylist()
-    except (pyarrow.ArrowInvalid, KeyError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise DataError(f"{path}: cannot read the column 'messages': {str(error).splitlines()[0]}") from error
     for number, row in enumerate(rows, 1):
         yield _checked(row, f"{path}, row {number}")
@@ -216,7 +220,7 @@ def _hub_data(source: str) -> DataSource:
         for number, row in enumerate(loaded, 1):
             yield _checked(row, f"{source}, row {number}")
 
-    return DataSource(str(loaded._fingerprint), read)
+    return DataSource(source, str(loaded._fingerprint), read)
 
 
 def _conversation(line: str, where: str) -> Conversation:
@@ -242,7 +246,13 @@ def _checked(row: Any, where: str) -> Conversation:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 over everything that decides how a conversation is cut."""
+    """sha256 over everything that decides how a conversation is cut.
+
+    Raises:
+        DataError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise DataError("the model has no tokenizer beside it; save one into its folder")
     parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template or ""]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

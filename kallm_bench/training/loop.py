@@ -18,16 +18,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import Interrupted, TrainingError
-from kallm_bench.files import new_folder
+from kallm_bench.files import DiskError, new_folder
 from kallm_bench.interrupts import deferred_stop
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.training.data import IGNORE, Rows
-from kallm_bench.training.loss import agrees_with_model, loss_sum
+from kallm_bench.training.loss import agrees_with_model, keeps_documents_apart, loss_sum
 from kallm_bench.training.scope import apply_scope
 
 SAVE_EVERY_SECONDS = 60.0
@@ -72,6 +73,8 @@ class TrainSettings:
         for name, least in {"tokens": 0, "row_length": 2, "rows_per_step": 1, "heldout_rows": 1}.items():
             if getattr(self, name) < least:
                 raise TrainingError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.seed < 0 or (self.tail_from or 0) < 0:
+            raise TrainingError(f"seed and tail_from must be at least 0, got {self.seed} and {self.tail_from}")
         if not self.learning_rate > 0:
             raise TrainingError(f"learning_rate must be above 0, got {self.learning_rate}")
         if 0 < self.tokens < self.rows_per_step * self.row_length:
@@ -131,6 +134,8 @@ def train(
     if not agrees_with_model(model, rows.batch([0], device)["input_ids"][:, :8]):
         raise TrainingError(f"{type(model).__name__} does more between its decoder and its logits than is known here")
     precision = torch.autocast(device.type, autocast) if autocast else nullcontext()
+    if not keeps_documents_apart(model, rows.batch([0], device)["input_ids"][:, :16]):
+        raise TrainingError(f"{type(model).__name__} lets documents packed into one row see each other")
     learning = apply_scope(model, settings.scope, settings.tail_from) if steps else []
     order = np.random.default_rng(settings.seed).permutation(len(rows))
     state = _State(model, learning, settings, state_folder)
@@ -145,6 +150,8 @@ def train(
             numbers = order[state.step * settings.rows_per_step : (state.step + 1) * settings.rows_per_step]
             loss = _step(model, rows, numbers, state, precision, batch_rows)
             if not math.isfinite(loss):
+                if state.step:
+                    state.save()
                 raise TrainingError(
                     f"the loss of step {state.step + 1} is {loss}; the state before it is kept. A lower learning rate "
                     f"than {settings.learning_rate:g} may help"
@@ -156,6 +163,8 @@ def train(
                 last_save = time.monotonic()
             if stop:
                 raise Interrupted(stop.number, f"training stands at step {state.step} of {steps}")
+    if steps:
+        state.save()  # what follows may be stopped too
     model.eval()
     after, tokens = _heldout_loss(model, heldout, settings, precision, batch_rows, watch)
     count = sum(parameter.numel() for parameter in learning)
@@ -202,17 +211,20 @@ class _State:
                 tensors[f"{moment}.{name}"] = tensor.contiguous()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with new_folder(self.folder / f"step-{self.step:08d}", replace=True, needed_bytes=size) as temporary:
-            save_file(tensors, temporary / "state.safetensors")
+            try:
+                save_file(tensors, temporary / "state.safetensors")
+            except SafetensorError as error:  # it wraps the system's refusal in a type of its own
+                raise DiskError(f"cannot write {self.folder}: {error}") from error
             note = {"step": self.step, "losses": self.losses, "heldout_before": self.heldout_before}
             (temporary / "state.json").write_text(json.dumps(note))
-        for path in self.folder.iterdir():
-            if path.name != f"step-{self.step:08d}":
+        for path in self.folder.iterdir():  # older states, and what a killed run left half-written
+            if path.name != f"step-{self.step:08d}" and path.is_dir():
                 shutil.rmtree(path)
 
     @torch.no_grad()
     def load(self) -> None:
         """Takes up the newest state on disk, if there is one."""
-        saved = sorted(self.folder.glob("step-*"))
+        saved = sorted(path for path in self.folder.glob("step-*") if path.is_dir())
         if not saved:
             return
         note = json.loads((saved[-1] / "state.json").read_text())

@@ -36,10 +36,13 @@ def parameters_in(model: PreTrainedModel, scope: str, tail_from: int | None = No
         if not replaced:
             raise TrainingError(f"scope '{scope}' needs replaced blocks and this model has none; take --scope all")
         tail_from = min(replaced)
+    blocks = find_blocks(model)
+    if tail_from >= len(blocks):
+        raise TrainingError(f"tail_from {tail_from}: the model has {len(blocks)} blocks, 0-{len(blocks) - 1}")
     if scope == "replaced":
         modules: list[nn.Module] = list(replaced.values())
     else:
-        modules = [*find_blocks(model)[tail_from:], *_after_blocks(model)]
+        modules = [*blocks[tail_from:], *_after_blocks(model)]
         if scope == "tail+head":
             modules.append(model.get_output_embeddings())
     return list({id(parameter): parameter for module in modules for parameter in module.parameters()}.values())
