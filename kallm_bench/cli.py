@@ -174,12 +174,13 @@ def profile(
     """Measure parameters, throughput and peak memory on this machine."""
     from kallm_bench import engine
     from kallm_bench.filing import find_ref
+    from kallm_bench.models import load_config, specs_of
     from kallm_bench.profiling import ProfileSettings
 
     with console.Display() as display:
         bench = _bench(results, display, device, dtype, None)
         ref = find_ref(checkpoint)
-        scope = scope or ("tail" if ref.lineage else "all")
+        scope = scope or ("tail" if specs_of(load_config(ref.open())) else "all")
         record = engine.profile(bench, ref, ProfileSettings(batch, length, repeats=repeats, scope=scope), again=True)
     console.show_records([record], as_json)
 
@@ -206,25 +207,29 @@ def run(
     arms = [arm.strip() for arm in only.split(",") if arm.strip()]
     read = read_suite(find_suite(suite), arms, _numbers(seeds) if seeds else None)
     if dry_run:
-        console.show_rows(("arm", "seed", "what", "training tokens", "questions from"), engine.describe_cells(read))
+        headings, cells = ("arm", "seed", "what", "training tokens", "questions from"), engine.describe_cells(read)
+        if as_json:
+            console.show_json([dict(zip(headings, cell, strict=True)) for cell in cells])
+        else:
+            console.show_rows(headings, cells)
         return
     with console.Display(engine.plan_of(read)) as display:
         bench = _bench(results, display, device, dtype, batch_size)
         failures = engine.run_suite(bench, read, begin=display.begin)
-    tables = engine.write_report(bench.store, read.name, bench.testbed)
+    report = engine.write_report(bench.store, read.name, bench.testbed)
     if as_json:
-        console.show_json({"failures": failures, "report": str(tables.folder)})
+        console.show_json({"failures": failures, "report": str(report.folder)})
     else:
-        console.show_tables(tables.tables)
-        console.say(f"Written: {tables.folder}/report.md, report.csv")
+        console.show_tables(report.tables)
+        console.say(f"Written: {report.folder}/report.md, report.csv")
     for arm, reason in failures.items():
         console.fail(f"{arm}: {reason}")
     if failures:
         raise typer.Exit(1)
 
 
-@app.command()
-def report(
+@app.command(name="report")
+def show_report(
     suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
     testbed: Annotated[str | None, typer.Option(help="Only this machine.")] = None,
     fmt: Annotated[str, typer.Option("--format", help="screen, md, csv.")] = "screen",
@@ -293,8 +298,16 @@ def generate(
     from kallm_bench.profiling import find_device, find_dtype
 
     where = find_device(device)
-    for piece in reply(checkpoint, prompt, max_new_tokens, temperature, seed, where, find_dtype(dtype, where)):
-        console.stream(piece)
+    reply(
+        checkpoint,
+        prompt,
+        console.stream,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=where,
+        dtype=find_dtype(dtype, where),
+    )
     console.stream("\n")
 
 

@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -32,6 +31,12 @@ err = Console(stderr=True, highlight=False)
 PLAIN_EVERY_SECONDS = 15.0
 """Without a terminal there is no bar to redraw: a line now and then, so that a log shows that work goes on."""
 
+MAIN_WORKS = ("training", "questions")
+"""Of what a part of a plan consists of, the works that take its time."""
+
+SKIPPED_SECONDS = 3.0
+"""A part that is over sooner was done by an earlier run."""
+
 
 class Display:
     """Shows progress while it is entered; it is the Watch that stages are given.
@@ -44,8 +49,7 @@ class Display:
         self.plan = plan or {}
         self.part = ""
         self.finished = 0.0
-        self.furthest = 0.0
-        self.began = time.monotonic()
+        self.part_began = self.began = time.monotonic()
         self.last_plain = 0.0
         self.last_work = ""
         self.progress = Progress(
@@ -75,11 +79,14 @@ class Display:
 
     def begin(self, part: str) -> None:
         """A part of the plan begins; the one before it is done."""
+        now = time.monotonic()
+        if now - self.part_began < SKIPPED_SECONDS:
+            self.plan.pop(self.part, None)  # was done before; counted as work it would promise too much
         self.finished += self.plan.get(self.part, 0.0)
-        self.part = part
+        self.part, self.part_began = part, now
 
     def __call__(self, work: str, done: int, total: int, note: str = "") -> None:
-        share = self._share(done, total)
+        share = self._share(work, done, total)
         left = self._left(share)
         if not err.is_terminal:
             self._plain(work, done, total, note, left)
@@ -99,12 +106,11 @@ class Display:
             self.last_work = work
         self.progress.update(self.current, completed=done, total=total, note=note)
 
-    def _share(self, done: int, total: int) -> float:
-        """How much of the whole plan is done, 0 to 1; a part made of several works does not go backwards."""
+    def _share(self, work: str, done: int, total: int) -> float:
+        """How much of the whole plan is done, 0 to 1; of a part that is several works, the main one counts."""
         whole = sum(self.plan.values())
-        within = self.plan.get(self.part, 0.0) * (done / total if total else 0.0)
-        self.furthest = max(self.furthest, (self.finished + within) / whole if whole else 0.0)
-        return self.furthest
+        within = self.plan.get(self.part, 0.0) * (done / total if total and work in MAIN_WORKS else 0.0)
+        return (self.finished + within) / whole if whole else 0.0
 
     def _left(self, share: float) -> str:
         elapsed = time.monotonic() - self.began
@@ -132,7 +138,7 @@ def show_json(data: Any) -> None:
 def show_records(records: Sequence[RunRecord], as_json: bool) -> None:
     """The figures of what was just done, or found done; as JSON the whole records."""
     if as_json:
-        show_json([asdict(record) for record in records])
+        show_json([json.loads(record.to_json()) for record in records])
         return
     for record in records:
         _show_figures(record)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
+import types as types_module
+import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +70,19 @@ def read_suite(path: Path, only: Iterable[str] = (), seeds: Iterable[int] | None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: {error}") from error
     _refuse_unknown(data, {"description", "model", "seeds", "arm", *SECTIONS}, str(path))
+    top: dict[str, Any] = {"description": "", "model": "", "seeds": [0], "arm": [{}]}
+    for key, like in (top | {section: {} for section in SECTIONS}).items():
+        _check_like(data, key, like, str(path))
     arms = data.get("arm", [])
-    names = [arm.get("name", "") for arm in arms]
-    if not arms or not all(names) or len(set(names)) < len(names):
-        raise SuiteError(f"{path}: needs [[arm]] tables, each with a 'name' of its own; it has {names}")
+    if not arms or not all(
+        isinstance(arm, dict) and re.fullmatch(r"[\w.+-]+", str(arm.get("name", ""))) for arm in arms
+    ):
+        raise SuiteError(f"{path}: needs [[arm]] tables, each with a 'name' of letters, digits, '-', '_', '.' and '+'")
+    names = [arm["name"] for arm in arms]
+    if len(set(names)) < len(names):
+        raise SuiteError(f"{path}: two arms have one name; it has {names}")
+    if not all(isinstance(seed, int) and seed >= 0 for seed in data.get("seeds", [])):
+        raise SuiteError(f"{path}: seeds should be whole numbers from 0, got {data['seeds']}")
     for name in only:
         if name not in names:
             raise SuiteError(unknown("arm", name, names))
@@ -84,6 +96,8 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], where: str) -> 
     here = f"{where}, arm '{arm['name']}'"
     spec_fields = {entry.name for entry in dataclasses.fields(KANSpec)} - {"seed"}
     _refuse_unknown(arm, {"name", *spec_fields, *SECTIONS}, here)
+    for name in SECTIONS:
+        _check_like(arm, name, {}, here)
     spec = None
     if "basis" in arm:
         if "blocks" not in arm:
@@ -98,18 +112,21 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], where: str) -> 
 
 
 def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
-    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
-    _refuse_unknown(values, set(fields) - {"seed"}, where)
+    types = typing.get_type_hints(kind)
+    _refuse_unknown(values, set(types) - {"seed"}, where)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     for key, value in values.items():
-        default = fields[key].default
-        if (
-            default is not None
-            and not isinstance(value, type(default))
-            and not (isinstance(default, float) and isinstance(value, int))
-        ):
-            raise SuiteError(f"{where}: {key} should be like {default!r}, got {value!r}")
+        wanted = typing.get_args(types[key]) if isinstance(types[key], types_module.UnionType) else (types[key],)
+        plain = tuple(typing.get_origin(each) or each for each in wanted)
+        if isinstance(value, bool) or not (isinstance(value, plain) or (float in plain and isinstance(value, int))):
+            names = " or ".join(each.__name__ for each in plain if each is not type(None))
+            raise SuiteError(f"{where}: {key} should be of type {names}, got {value!r}")
     return kind(**values)
+
+
+def _check_like(table: dict[str, Any], key: str, like: Any, where: str) -> None:
+    if key in table and not isinstance(table[key], type(like)):
+        raise SuiteError(f"{where}: {key} should be like {like!r}, got {table[key]!r}")
 
 
 def _refuse_unknown(table: dict[str, Any], known: set[str], where: str) -> None:

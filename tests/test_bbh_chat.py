@@ -94,7 +94,9 @@ def test_words_and_free_text_are_read(task: str, target: str, reply: str, read: 
 
 
 def test_every_target_of_the_real_data_is_right_when_given_as_the_reply(shared_data: Path) -> None:
-    questions = load_questions(str(shared_data / "data/bbh")).questions
+    found = load_questions(str(shared_data / "data/bbh"))
+    questions = found.questions
+    assert found.source == "BIG-Bench Hard"
     assert len(questions) == 6511
     out_of_reach = {("movie_recommendation", 163), ("ruin_names", 99), ("ruin_names", 144)}  # gold is no option
     for question in questions:
@@ -145,6 +147,8 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "bbh" / "snarks.json").write_text("{")
     with pytest.raises(BBHError, match="does not read"):
         load_questions(str(tmp_path), tasks=["snarks"])
+    (tmp_path / "bbh" / "snarks.json").write_text('{"examples": [{"input": "?", "target": "(A)"}]}')
+    assert load_questions(str(tmp_path), tasks=["snarks"]).source == f"{tmp_path.name}, not as published"
     monkeypatch.setenv("KALLM_BBH_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(BBHError, match="no folder"):
         load_questions(None)  # never silently procedural

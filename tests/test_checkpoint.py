@@ -20,6 +20,7 @@ from kallm_bench.models import (
     load_checkpoint,
     load_config,
     load_model,
+    read_lineage,
     replaced_modules,
     retrofit,
     save_checkpoint,
@@ -234,7 +235,7 @@ def test_lineage(model, tmp_path):
     lineage = [{"id": "a1", "key": "k1", "stage": "retrofit"}, {"id": "b2", "key": "k2", "stage": "train"}]
     save_checkpoint(tmp_path / "checkpoint", model, lineage=lineage)
     assert json.loads((tmp_path / "checkpoint" / "kallm.json").read_text()) == {"lineage": lineage}
-    assert find_model(str(tmp_path / "checkpoint")).lineage == lineage
+    assert read_lineage(tmp_path / "checkpoint") == lineage
     assert "b2" in (tmp_path / "checkpoint" / "README.md").read_text()
 
 
@@ -312,7 +313,7 @@ DAMAGE = {
         "model.norm.weight",
     ),
     "a newer retrofit": (edit_retrofit(version=2), "version 2"),
-    "a retrofit with a field missing": (edit_config(lambda config: config["retrofits"][0].pop("form")), "'form'"),
+    "a retrofit without its basis": (edit_config(lambda config: config["retrofits"][0].pop("basis")), "'basis'"),
     "a retrofit with a field too many": (edit_retrofit(colour="red"), "'colour'"),
     "a retrofit of an unknown basis": (edit_retrofit(basis="cheby9"), "'cheby9'"),
     "a retrofit outside the model": (edit_retrofit(blocks=[3, 4]), "4"),
@@ -346,7 +347,7 @@ def test_a_damaged_configuration_is_refused_in_one_line(folder, damage, named):
 def test_a_damaged_lineage_is_refused_in_one_line(folder, content):
     (folder / "kallm.json").write_bytes(content)
     with pytest.raises(KallmError, match=r"kallm\.json") as refused:
-        _ = find_model(str(folder)).lineage
+        read_lineage(folder)
     assert "\n" not in str(refused.value)
 
 

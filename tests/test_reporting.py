@@ -41,10 +41,10 @@ class Bench:
                 testbed=self.testbed,
                 started=f"2026-01-01T00:{self.count // 60:02d}:{self.count % 60:02d}+00:00",
                 seconds=1.0,
-                parents=(),
-                settings=settings | {"weights": f"w{self.count}"},
+                parents=rest.pop("parents", ()),
+                settings=settings,
                 key=f"k{self.count}",
-                model={},
+                model=rest.pop("model", {}),
                 data=rest.pop("data", {}),
                 metrics=tuple(metrics),
                 environment={"git": {"commit": "abcdef1234567", "dirty": False}},
@@ -57,26 +57,31 @@ class Bench:
         self, name: str, seed: int, spec: dict[str, Any] | None, loss: float, right: int, replaced: int = 0
     ) -> None:
         """All four stages; `right` of eight questions are answered right."""
+        base, made, trained = f"base{self.count}", f"made{self.count}", f"trained{self.count}"
         if spec:
             spec = {"hidden": None, "degree": None, "form": "stack", "constant": "bias", "blocks": [25, 26, 29]} | spec
             metrics = [Metric("replaced_parameters", replaced)]
-            self.record("retrofit", name, seed, {"spec": spec | {"seed": seed}}, metrics)
-        trained = [
+            settings = {"spec": spec | {"seed": seed}, "weights": base}
+            self.record("retrofit", name, seed, settings, metrics, model={"fingerprint": made})
+        parents = (f"r{self.count:04d}",) if spec else ()
+        losses = [
             Metric("heldout_loss", loss, n=500),
             Metric("trained_tokens", 8192 if spec else 0),
             Metric("trainable_parameters", 100),
         ]
-        self.record("train", name, seed, TRAINING | {"seed": seed}, trained, data={"source": "chat"})
+        about: dict[str, Any] = {"model": {"fingerprint": trained}, "data": {"source": "chat"}, "parents": parents}
+        self.record("train", name, seed, TRAINING | {"seed": seed, "weights": made}, losses, **about)
         samples = [{"task": ASKED["tasks"][n % 2], "index": n // 2, "correct": n < right} for n in range(8)]
         accuracy = [
             Metric("accuracy", right / 8, n=8),
             Metric("guessing_accuracy", 0.5, n=8),
             Metric("majority_accuracy", 0.55, n=8),
         ]
-        about = {"source": "procedural", "fingerprint": "q"}
-        self.record("eval-bbh", name, seed, ASKED, accuracy, data=about, samples=samples)
+        about = {"data": {"source": "procedural", "fingerprint": "q"}, "parents": (f"r{self.count:04d}",)}
+        self.record("eval-bbh", name, seed, ASKED | {"weights": trained}, accuracy, samples=samples, **about)
         measured = [Metric("parameters", 134_515_008), Metric("decode_tokens_per_second", 75.4, n=3, note="spread 8%")]
-        self.record("profile", name, seed, {"batch": 4, **PLACE}, measured)
+        self.record("profile", name, seed, {"batch": 4, **PLACE, "weights": trained}, measured)
+        self.trained = trained
 
 
 @pytest.fixture
@@ -110,7 +115,7 @@ def test_rows_of_different_settings_are_never_averaged(bench: Bench) -> None:
 
 def test_another_way_of_asking_is_another_row(bench: Bench) -> None:
     bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
-    other = ASKED | {"questions": "others"}
+    other = ASKED | {"questions": "others", "weights": bench.trained}
     about = {"source": "BIG-Bench Hard", "fingerprint": "others"}
     bench.record("eval-bbh", "kan", 0, other, [Metric("accuracy", 0.25, n=9)], data=about)
     table = only_table(bench)
@@ -125,6 +130,29 @@ def test_a_newer_record_takes_the_place_of_an_older_one(bench: Bench) -> None:
     (row,) = [row for row in only_table(bench).rows if row.name == "kan"]
     assert row.figures["heldout_loss"].value == 2.0
     assert row.figures["accuracy"].value == 1.0
+
+
+def test_a_row_is_never_of_two_models(bench: Bench) -> None:
+    """Trained again and stopped before the questions: the old answers are not the new model's."""
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 9.0, right=8)
+    settings = TRAINING | {"seed": 0, "weights": "made0", "learning_rate": 1.0}
+    losses = [Metric("heldout_loss", 2.0, n=500), Metric("trained_tokens", 8192)]
+    bench.record("train", "kan", 0, settings, losses, model={"fingerprint": "new"}, parents=("r0001",))
+    (row,) = [row for row in only_table(bench).rows if row.name == "kan"]
+    assert row.figures["heldout_loss"].value == 2.0
+    assert "accuracy" not in row.figures
+    assert "decode_tokens_per_second" not in row.figures
+    assert row.what.startswith("cheby2 degree 2")
+
+
+def test_an_arm_is_what_its_parents_made_it(bench: Bench) -> None:
+    """An arm whose retrofit was done under another arm's name is still told by it."""
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    settings = TRAINING | {"seed": 0, "weights": "made0", "scope": "tail+head"}
+    losses = [Metric("heldout_loss", 1.9, n=500), Metric("trained_tokens", 8192)]
+    bench.record("train", "kan-head", 0, settings, losses, model={"fingerprint": "new"}, parents=("r0001",))
+    whats = {row.name: row.what for row in only_table(bench).rows}
+    assert whats["kan-head"] == whats["kan"] == "cheby2 degree 2, stack, blocks 25-26,29"
 
 
 def test_a_score_that_guessing_may_reach_is_marked(bench: Bench) -> None:

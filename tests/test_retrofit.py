@@ -192,7 +192,7 @@ def test_a_spec_survives_json(settings, blocks):
     [
         lambda data: data.update(version=data["version"] + 1),
         lambda data: data.pop("version"),
-        lambda data: data.pop("seed"),
+        lambda data: data.pop("blocks"),
         lambda data: data.update(colour="red"),
         lambda data: data.update(basis="chebby2"),
     ],
@@ -203,6 +203,12 @@ def test_json_that_is_no_spec(change):
     change(data)
     with pytest.raises(SpecError):
         KANSpec.from_json(data)
+
+
+def test_a_field_that_came_later_takes_its_default():
+    data = KANSpec("all", "cheby2").to_json()
+    del data["seed"]
+    assert KANSpec.from_json(data) == KANSpec("all", "cheby2")
 
 
 # Surgery

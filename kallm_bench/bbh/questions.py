@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from kallm_bench.bbh.procedural import GENERATORS, procedural_questions
-from kallm_bench.bbh.tasks import TASKS, Question
+from kallm_bench.bbh.tasks import PUBLISHED_SHA256, TASKS, Question
 from kallm_bench.errors import BBHError, unknown
+from kallm_bench.files import sha256
 from kallm_bench.hub import hub_answers
 
 HUB_ID = "SaylorTwift/bbh"
@@ -76,7 +77,7 @@ def load_questions(
         label, everything = source, _generated(tasks, limit, seed)
         limit = limit or PROCEDURAL_COUNT
     elif Path(source).expanduser().is_dir():
-        label, everything = "BIG-Bench Hard", _from_folder(Path(source).expanduser(), tasks or tuple(TASKS))
+        label, everything = _from_folder(Path(source).expanduser(), tasks or tuple(TASKS))
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
         label, everything = source, _from_hub(source, tasks or tuple(TASKS))
     else:
@@ -94,8 +95,10 @@ def _generated(tasks: Sequence[str], limit: int | None, seed: int) -> dict[str, 
     return {task: procedural_questions(task, count, seed) for task in tasks or tuple(GENERATORS)}
 
 
-def _from_folder(folder: Path, tasks: Sequence[str]) -> dict[str, list[Question]]:
+def _from_folder(folder: Path, tasks: Sequence[str]) -> tuple[str, dict[str, list[Question]]]:
+    """What the folder is, by its files' sha256: BIG-Bench Hard, or questions of somebody's own; and its questions."""
     found = {}
+    published = True
     for task in tasks:
         path = folder / "bbh" / f"{task}.json"
         if not path.is_file():
@@ -105,7 +108,10 @@ def _from_folder(folder: Path, tasks: Sequence[str]) -> dict[str, list[Question]
         except (ValueError, KeyError, TypeError) as error:
             raise BBHError(f"{path} does not read as BIG-Bench Hard: {error!r}") from error
         found[task] = [_question(task, index, example, str(path)) for index, example in enumerate(examples)]
-    return found
+        if not examples:
+            raise BBHError(f"{path} holds no questions")
+        published = published and sha256(path).startswith(PUBLISHED_SHA256[task])
+    return "BIG-Bench Hard" if published else f"{folder.name}, not as published", found
 
 
 def _from_hub(name: str, tasks: Sequence[str]) -> dict[str, list[Question]]:

@@ -119,3 +119,34 @@ TASKS: dict[str, Task] = {
         Task("word_sorting", "Sort a list of words."),
     )
 }
+
+PUBLISHED_SHA256 = {
+    "boolean_expressions": "ea6c754ec005",
+    "causal_judgement": "6e8bca44dd40",
+    "date_understanding": "0148d4ac5fca",
+    "disambiguation_qa": "cf06df9ebf91",
+    "dyck_languages": "3f9badedf15c",
+    "formal_fallacies": "4c1adb664821",
+    "geometric_shapes": "07be68a12442",
+    "hyperbaton": "b6d7f55c75f5",
+    "logical_deduction_five_objects": "d2df31394b90",
+    "logical_deduction_seven_objects": "2896c7e3482e",
+    "logical_deduction_three_objects": "e590fae72e3a",
+    "movie_recommendation": "a8b53a87ee21",
+    "multistep_arithmetic_two": "c9d5a6433c9b",
+    "navigate": "b7944dfd3c81",
+    "object_counting": "8acef14dbbdd",
+    "penguins_in_a_table": "bb87ee449698",
+    "reasoning_about_colored_objects": "0a8850cf9516",
+    "ruin_names": "b6f723aef2ba",
+    "salient_translation_error_detection": "becf3eb8dd53",
+    "snarks": "54a0661fe2de",
+    "sports_understanding": "63ca262858f6",
+    "temporal_sequences": "92a1189faaa8",
+    "tracking_shuffled_objects_five_objects": "2063a46a4fb4",
+    "tracking_shuffled_objects_seven_objects": "b59fd05b850c",
+    "tracking_shuffled_objects_three_objects": "546cc7bf10c6",
+    "web_of_lies": "3e60323f8514",
+    "word_sorting": "2a6132d2c99f",
+}
+"""The first twelve digits of the sha256 of each task's file, at the repository's commit 9ee07bd."""

@@ -294,7 +294,7 @@ def _hub_folder(name: str) -> Path:
         pass
     instead = (
         f"On a connected machine run `kallm fetch model {name}` and copy its Hugging Face cache here, "
-        "or take --model bundled, a folder, or a .gguf file"
+        "or take 'bundled', a folder, or a .gguf file"
     )
     if not hub_answers():
         raise ModelError(f"model '{name}' is not on this disk and the hub cannot be reached. {instead}")

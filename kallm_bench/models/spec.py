@@ -49,6 +49,11 @@ class KANSpec:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise SpecError(f"{name} must be a whole number, got {value!r}")
+        for name in ("basis", "form", "constant"):
+            if not isinstance(getattr(self, name), str):
+                raise SpecError(f"{name} must be text, got {getattr(self, name)!r}")
+        if not isinstance(self.blocks, str | tuple):
+            raise SpecError(f"blocks must be text such as '25-29', or a tuple of numbers, got {self.blocks!r}")
         if not self.is_basis:
             if self.degree is not None:
                 raise SpecError(f"'{self.basis}' has no degree; leave it out")

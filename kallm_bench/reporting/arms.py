@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +17,34 @@ AT_CHANCE = "†"
 
 @dataclass(frozen=True)
 class Arm:
-    """The newest record of each stage and seed of one arm, all of equal settings."""
+    """Records of one arm that belong together: for each stage one a seed, of equal settings and one line of weights."""
 
     name: str
     stages: dict[str, list[RunRecord]]
 
     @property
+    def specs(self) -> list[dict[str, Any]]:
+        """The specs of its retrofits, in order; empty where nothing was replaced."""
+        for stage in ("profile", "eval-bbh", "train"):
+            for record in self.stages.get(stage, []):
+                if (specs := record.model.get("specs")) is not None:
+                    return list(specs)
+        return [record.settings["spec"] for record in self.stages.get("retrofit", [])[:1]]
+
+    @property
     def spec(self) -> dict[str, Any] | None:
-        """The spec of its retrofit; None where nothing was replaced."""
-        retrofits = self.stages.get("retrofit")
-        return retrofits[0].settings["spec"] if retrofits else None
+        """The last of them."""
+        return self.specs[-1] if self.specs else None
 
     @property
     def replaced_parameters(self) -> float:
-        return self.stages["retrofit"][0].value("replaced_parameters") or 0.0
+        records = [record for stage in ("retrofit", "profile") for record in self.stages.get(stage, [])]
+        return next((value for record in records if (value := record.value("replaced_parameters"))), 0.0)
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is more to tell than that a checkpoint was made."""
+        return any(self.stages.get(stage) for stage in ("train", "eval-bbh", "profile"))
 
     def settings(self) -> dict[str, Any]:
         """What its rows must share to be averaged, by stage."""
@@ -38,7 +52,7 @@ class Arm:
 
     @property
     def seeds(self) -> int:
-        return len({record.seed for records in self.stages.values() for record in records})
+        return len({record.seed for stage, records in self.stages.items() if stage != "retrofit" for record in records})
 
 
 def comparable(record: RunRecord) -> dict[str, Any]:
@@ -49,24 +63,48 @@ def comparable(record: RunRecord) -> dict[str, Any]:
     return settings
 
 
-def variants(name: str, records: Sequence[RunRecord]) -> list[Arm]:
+def variants(name: str, records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> list[Arm]:
     """The arms that go by one name: seeds of equal settings together, another way of asking apart.
 
-    Of each stage and seed the newest record counts; of evaluations, the newest for each way of asking.
+    Of each stage and seed the newest record counts; of evaluations, the newest for each way of asking. Evaluations and
+    profiles of other weights than the newest training left are not of this arm any more.
 
     Args:
         records: of one suite and testbed, oldest first.
+        known: every record there is, by id, to follow parents in.
     """
-    newest: dict[tuple[str, int, str], RunRecord] = {}
-    for record in records:
-        if record.arm == name:
-            newest[record.stage, record.seed, _signature([record]) if record.stage == "eval-bbh" else ""] = record
-    ways = sorted({asked for stage, _, asked in newest if stage == "eval-bbh"}) or [""]
     found: dict[str, list[list[RunRecord]]] = defaultdict(list)
-    for way, seed in itertools.product(ways, sorted({seed for _, seed, _ in newest})):
-        of_seed = [record for (_, number, asked), record in newest.items() if number == seed and asked in ("", way)]
-        found[_signature(of_seed)].append(of_seed)
-    return [_arm(name, seeds) for seeds in found.values()]
+    mine = [record for record in records if record.arm == name]
+    for seed in sorted({record.seed for record in mine}):
+        newest = {record.stage: record for record in mine if record.seed == seed}
+        weights = _weights(newest)
+        of_weights = [r for r in mine if r.seed == seed and r.settings.get("weights") == weights]
+        asked = {_signature([r]): r for r in of_weights if r.stage == "eval-bbh"}
+        profiled = [r for r in of_weights if r.stage == "profile"][-1:]
+        base = [newest["train"]] if "train" in newest else []
+        for answers in [[each] for each in asked.values()] or [[]]:
+            line = [*base, *answers, *profiled]
+            of_seed = [*_retrofits(line or list(newest.values()), known), *line]
+            found[_signature(of_seed)].append(of_seed)
+    return [arm for seeds in found.values() if (arm := _arm(name, seeds)).measured]
+
+
+def _weights(newest: Mapping[str, RunRecord]) -> str | None:
+    """The weights that a row is about: what training left, else what was asked or profiled last."""
+    if "train" in newest:
+        return str(newest["train"].model.get("fingerprint"))
+    last = max(newest.values(), key=lambda record: (record.started, record.id))
+    return last.settings.get("weights")
+
+
+def _retrofits(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> list[RunRecord]:
+    """The last retrofit that led to these records, found by following their parents."""
+    for record in records:
+        while record is not None:
+            if record.stage == "retrofit":
+                return [record]
+            record = known.get(record.parents[-1]) if record.parents else None  # type: ignore[assignment]
+    return []
 
 
 def _arm(name: str, seeds: list[list[RunRecord]]) -> Arm:
@@ -81,11 +119,14 @@ def _signature(records: Sequence[RunRecord]) -> str:
 
 
 def what_it_is(arm: Arm) -> str:
-    """What the arm is, from the spec of its retrofit."""
-    spec = arm.spec
+    """What the arm is, from the specs of its retrofits."""
+    if arm.specs:
+        return "; then ".join(_described(spec) for spec in arm.specs)
     trained = any((record.value("trained_tokens") or 0) > 0 for record in arm.stages.get("train", []))
-    if spec is None:
-        return "fine-tuned, nothing replaced" if trained else "untouched"
+    return "fine-tuned, nothing replaced" if trained else "untouched"
+
+
+def _described(spec: dict[str, Any]) -> str:
     blocks = f"blocks {_ranges(spec['blocks'])}"
     if spec["basis"] == "drop":
         return f"no feed-forward in {blocks}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,13 +73,18 @@ class Table:
 def build_tables(store: ResultsStore, suite: str | None = None, testbed: str | None = None) -> list[Table]:
     """A table for each suite and testbed in the store, or for those named."""
     groups: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
-    for record in store.records(suite=suite, testbed=testbed):
-        groups[record.testbed, record.suite].append(record)
-    return [_table(store, name, where, records) for (where, name), records in sorted(groups.items())]
+    known = {record.id: record for record in store.records()}
+    for record in known.values():
+        if suite in (None, record.suite) and testbed in (None, record.testbed):
+            groups[record.testbed, record.suite].append(record)
+    tables = [_table(store, name, where, records, known) for (where, name), records in sorted(groups.items())]
+    return [table for table in tables if table.rows]
 
 
-def _table(store: ResultsStore, suite: str, testbed: str, records: Sequence[RunRecord]) -> Table:
-    arms = [arm for name in dict.fromkeys(record.arm for record in records) for arm in variants(name, records)]
+def _table(
+    store: ResultsStore, suite: str, testbed: str, records: Sequence[RunRecord], known: Mapping[str, RunRecord]
+) -> Table:
+    arms = [arm for name in dict.fromkeys(record.arm for record in records) for arm in variants(name, records, known)]
     rows = [_row(store, arm) for arm in arms]
     rows += _chance_rows(arms)
     at_chance = any(figure.mark for row in rows for figure in row.figures.values())
