@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         load_questions(None)  # never silently procedural
 
 
-def test_replies_do_not_depend_on_how_they_are_batched_or_stopped(
+def test_a_stopped_evaluation_asks_only_what_is_missing(
     tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path
 ) -> None:
     """A run that is stopped and one that is not give the same samples, and nothing is asked twice."""
@@ -170,9 +171,19 @@ def test_replies_do_not_depend_on_how_they_are_batched_or_stopped(
     again = ask(*arguments, stopped, batch_size=1, watch=lambda work, done, total, note="": asked.append(done))
     assert again == whole
     assert asked == [4, 5, 6, 7, 8]
-    assert [sample["completion"] for sample in ask(*arguments, tmp_path / "three.jsonl", batch_size=3)] == [
-        sample["completion"] for sample in whole
-    ]
+
+
+def test_padding_changes_no_reply(bundled: Any, tmp_path: Path) -> None:
+    """Prompts of different length, alone and padded beside each other, on the real model."""
+    model, tokenizer = bundled
+    questions = load_questions("procedural", tasks=["boolean_expressions", "navigate", "word_sorting"], limit=1)
+    replies = []
+    for batch_size in (1, 3):
+        partial = tmp_path / f"{batch_size}.jsonl"
+        samples = ask(copy.deepcopy(model), tokenizer, questions, PROTOCOLS["chat"], 6, partial, batch_size)
+        replies.append([sample["completion"] for sample in samples])
+    assert replies[0] == replies[1]
+    assert len(set(replies[0])) > 1
 
 
 def test_a_limit_keeps_the_first_questions_and_the_majority_of_all() -> None:

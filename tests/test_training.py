@@ -17,6 +17,7 @@ from kallm_bench.errors import DataError, Interrupted, TrainingError
 from kallm_bench.models import KANSpec, retrofit
 from kallm_bench.training import SCOPES, TrainSettings, apply_scope, parameters_in, prepare, train
 from kallm_bench.training.data import IGNORE, Template
+from kallm_bench.training.loop import _State
 from kallm_bench.training.loss import loss_sum
 
 CHAT = [
@@ -29,6 +30,7 @@ CHAT = [
         {"role": "assistant", "content": "\n6, I think"},
     ],
 ]
+GOLDEN_LOSSES: list[float] = []
 SMALL = TrainSettings(tokens=8 * 2 * 32, row_length=32, rows_per_step=2, scope="tail", heldout_rows=4)
 
 
@@ -257,3 +259,59 @@ def test_no_tokens_measure_and_change_nothing(tiny_llama: Any, rows: Any, tmp_pa
     assert result.heldout_before == result.heldout_after
     assert result.losses == ()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine_to_a_tenth(tiny_llama: Any, tmp_path: Path) -> None:
+    settings = TrainSettings(tokens=100 * 64, row_length=32, rows_per_step=2, learning_rate=1.0, warmup=0.1)
+    model = tiny_llama()
+    state = _State(model, list(model.parameters()), settings, tmp_path)
+    rates = []
+    for state.step in range(settings.steps):
+        state.set_rate()
+        rates.append(state.optimiser.param_groups[0]["lr"])
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.55, abs=0.01)  # half-way down
+    assert 0.1 <= rates[-1] < 0.101
+    assert all(group["weight_decay"] == 0.0 for group in state.optimiser.param_groups)
+
+
+def test_one_loss_curve_does_not_drift(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    """Golden: change it knowingly, and raise the version of training's code with it."""
+    model = tiny_llama()
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    settings = TrainSettings(tokens=8 * 64, row_length=32, rows_per_step=2, learning_rate=1e-2, clip_norm=0.5)
+    losses = train(model, *rows, settings, tmp_path).losses
+    assert losses == pytest.approx(GOLDEN_LOSSES, rel=2e-4)
+
+
+def test_autocast_is_used_and_parameters_stay_float32(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    losses = []
+    for autocast in (None, torch.bfloat16):
+        model = tiny_llama()
+        retrofit(model, KANSpec("2-3", "cheby2"))
+        losses.append(train(model, *rows, SMALL, tmp_path / str(autocast), autocast=autocast).losses)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_a_step_that_was_finished_is_never_done_again(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    """Stopped after the last step, while the held-out loss is taken: only that is left to do."""
+    model = tiny_llama()
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    seen = []
+
+    def interrupt(work: str, done: int, total: int, note: str = "") -> None:
+        seen.append(work)
+        if work == "held-out loss" and "training" in seen:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, *rows, SMALL, tmp_path / "state", watch=interrupt)
+    seen.clear()
+    model = tiny_llama()
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    result = train(model, *rows, SMALL, tmp_path / "state", watch=lambda work, *rest: seen.append(work))
+    assert set(seen) == {"held-out loss"}
+    assert len(result.losses) == SMALL.steps

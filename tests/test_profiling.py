@@ -1,0 +1,61 @@
+"""Figures of cost: the arithmetic by hand, and memory against an allocation of known size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kallm_bench.errors import DeviceError
+from kallm_bench.models import KANSpec, retrofit
+from kallm_bench.profiling import ProfileSettings, find_device, find_dtype, flops_per_token, measure_training
+from kallm_bench.profiling.memory import peak_memory
+from kallm_bench.profiling.throughput import throughput
+
+
+def test_flops_are_two_for_each_weight_of_a_product(tiny_llama: Any) -> None:
+    model = tiny_llama(vocab_size=97)
+    attention = 32 * 32 + 2 * 32 * 16 + 32 * 32  # 4 heads of 8, 2 of keys and values
+    feedforward, head = 3 * 32 * 64, 32 * 97
+    assert flops_per_token(model) == 2 * (4 * (attention + feedforward) + head)
+    retrofit(model, KANSpec("3", "cheby2"))  # 32 -> 16 -> 32, two functions an edge
+    assert flops_per_token(model) == 2 * (4 * attention + 3 * feedforward + 2 * 2 * 32 * 16 + head)
+
+
+def test_throughput_is_by_the_median_and_tells_of_a_wide_spread() -> None:
+    metric = throughput("prefill_tokens_per_second", 100, [1.0, 2.0, 4.0])
+    assert metric.value == 50.0
+    assert list(metric.samples) == [100.0, 50.0, 25.0]
+    assert metric.note == "spread 150%"
+    assert throughput("prefill_tokens_per_second", 100, [1.0, 1.01, 0.99]).note == ""
+
+
+def test_peak_memory_is_of_the_block_alone() -> None:
+    size = 200 * 2**20
+    np.ones(2 * size, dtype=np.uint8)  # larger, before, and gone
+    with peak_memory(torch.device("cpu")) as before:
+        pass
+    with peak_memory(torch.device("cpu")) as during:
+        np.ones(size, dtype=np.uint8)
+    grown = (during[0].value or 0) - (before[0].value or 0)
+    assert during[0].name == "peak_resident_bytes"
+    assert 0.9 * size < grown < 1.3 * size
+
+
+def test_a_profile_leaves_the_weights_alone(tiny_llama: Any) -> None:
+    model = tiny_llama(vocab_size=97)
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    measure_training(model, ProfileSettings(1, 32, repeats=2), torch.bfloat16)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_measures_nothing_or_is_not_there_is_refused() -> None:
+    with pytest.raises(DeviceError, match="repeats must be at least 2"):
+        ProfileSettings(repeats=1)
+    with pytest.raises(DeviceError, match="no device 'tpu'"):
+        find_device("tpu")
+    assert find_dtype("auto", torch.device("cpu")) == torch.float32
+    assert find_dtype("auto", torch.device("cuda")) == torch.bfloat16
