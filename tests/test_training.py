@@ -30,7 +30,7 @@ CHAT = [
         {"role": "assistant", "content": "\n6, I think"},
     ],
 ]
-GOLDEN_LOSSES: list[float] = []
+GOLDEN_LOSSES = [10.82101, 10.79846, 10.72243, 10.67208, 10.63595, 10.53562, 10.67593, 10.62781]
 SMALL = TrainSettings(tokens=8 * 2 * 32, row_length=32, rows_per_step=2, scope="tail", heldout_rows=4)
 
 
