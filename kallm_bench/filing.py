@@ -188,7 +188,10 @@ class Stage:
         """
         assert self.folder is not None
         lineage = read_lineage(self.folder)
-        allowed = force or bool(lineage and lineage[-1]["key"] == self.key)
+        ours = (self.folder / "kallm.json").is_file()  # --force is for checkpoints: it never removes another folder
+        allowed = (force and ours) or bool(lineage and lineage[-1]["key"] == self.key)
+        if self.folder.exists() and force and not ours:
+            raise DiskError(f"{self.folder} is no kallm checkpoint and is never replaced; pass another --out")
         if self.folder.exists() and not allowed:
             raise DiskError(f"{self.folder} exists; pass --force to replace it, or another --out")
         return allowed
