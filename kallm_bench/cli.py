@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -11,9 +10,11 @@ import typer
 
 from kallm_bench import console
 from kallm_bench.errors import Interrupted, KallmError
+from kallm_bench.interrupts import Stop, ignore_signals, stop_on_signals
 
 if TYPE_CHECKING:
     from kallm_bench.filing import Bench
+    from kallm_bench.records import ResultsStore
 
 app = typer.Typer(
     help="Puts Kolmogorov-Arnold networks into language models and finds out, honestly, whether they are worth it.",
@@ -26,7 +27,7 @@ app = typer.Typer(
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Hub id, folder, .gguf file, or 'bundled'.")]
 Out = Annotated[Path | None, typer.Option(help="Checkpoint folder to write; named below runs/ if left out.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the folder if it exists.")]
-Seed = Annotated[int, typer.Option(help="Of the random start, or of the order of the data.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random start, or of the order of the data.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, else float32.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences at once; chosen by device if left out.")]
@@ -76,7 +77,7 @@ def retrofit(
     with console.Display() as display:
         bench = _bench(results, display, "cpu", "float32", None, seed)
         record = engine.retrofit(bench, find_ref(checkpoint), spec, out, replace=force)
-    console.show_records([record], as_json)
+    console.show_records([record], as_json, bench.store.written)
 
 
 @app.command()
@@ -121,7 +122,7 @@ def train(
     with console.Display() as display:
         bench = _bench(results, display, device, dtype, batch_size, seed)
         record = engine.train_model(bench, find_ref(checkpoint), settings, out, replace=force)
-    console.show_records([record], as_json)
+    console.show_records([record], as_json, bench.store.written)
 
 
 @app.command(name="eval-bbh")
@@ -149,12 +150,12 @@ def eval_bbh(
     from kallm_bench.bbh.evaluate import EvalSettings
     from kallm_bench.filing import find_ref
 
-    chosen = tuple(task.strip() for task in tasks.split(",") if task.strip())
+    chosen = tuple(_names(tasks, "--tasks")) if tasks else ()
     settings = EvalSettings(protocol, source, chosen, limit, max_new_tokens)
     with console.Display() as display:
         bench = _bench(results, display, device, dtype, batch_size)
         record = engine.eval_bbh(bench, find_ref(checkpoint), settings)
-    console.show_records([record], as_json)
+    console.show_records([record], as_json, bench.store.written)
 
 
 @app.command()
@@ -182,7 +183,7 @@ def profile(
         ref = find_ref(checkpoint)
         scope = scope or ("tail" if specs_of(load_config(ref.open())) else "all")
         record = engine.profile(bench, ref, ProfileSettings(batch, length, repeats=repeats, scope=scope), again=True)
-    console.show_records([record], as_json)
+    console.show_records([record], as_json, bench.store.written)
 
 
 @app.command()
@@ -204,7 +205,7 @@ def run(
     from kallm_bench import engine
     from kallm_bench.suites import find_suite, read_suite
 
-    arms = [arm.strip() for arm in only.split(",") if arm.strip()]
+    arms = _names(only, "--only") if only else []
     read = read_suite(find_suite(suite), arms, _numbers(seeds) if seeds else None)
     if dry_run:
         headings, cells = ("arm", "seed", "what", "training tokens", "questions from"), engine.describe_cells(read)
@@ -214,9 +215,10 @@ def run(
             console.show_rows(headings, cells)
         return
     with console.Display(engine.plan_of(read)) as display:
-        bench = _bench(results, display, device, dtype, batch_size)
-        failures = engine.run_suite(bench, read, begin=display.begin)
-    report = engine.write_report(bench.store, read.name, bench.testbed)
+        bench = _bench(results, display, device, dtype, batch_size, suite_file=suite)
+        records, failures = engine.run_suite(bench, read, begin=display.begin)
+    report = engine.write_report(bench.store, read, bench.testbed, records)
+    _tell_damaged(bench.store)
     if as_json:
         console.show_json({"failures": failures, "report": str(report.folder)})
     else:
@@ -232,7 +234,9 @@ def run(
 def show_report(
     suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
     testbed: Annotated[str | None, typer.Option(help="Only this machine.")] = None,
-    fmt: Annotated[str, typer.Option("--format", help="screen, md, csv.")] = "screen",
+    fmt: Annotated[
+        str | None, typer.Option("--format", help="screen, md, csv; by the ending of --out if left out.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
     results: Results = Path("results"),
 ) -> None:
@@ -246,18 +250,29 @@ def show_report(
     from kallm_bench.reporting import build_tables, to_csv, to_markdown
 
     formats = {"md": to_markdown, "csv": to_csv}
+    if fmt is None:
+        fmt = (
+            out.suffix.removeprefix(".")
+            if out and out.suffix.removeprefix(".") in formats
+            else "md"
+            if out
+            else "screen"
+        )
     if fmt != "screen" and fmt not in formats:
         raise RecordError(unknown("format", fmt, ("screen", *formats)))
+    if fmt == "screen" and out:
+        raise typer.BadParameter(
+            "the screen's tables cannot go into a file; take --format md or csv", param_hint="--out"
+        )
     store = ResultsStore(results)
     tables = build_tables(store, suite, testbed)
-    for path, reason in store.damaged:
-        console.tell(f"set aside: {path}: {reason}")
+    _tell_damaged(store)
     if not tables:
         raise RecordError(_nothing_to_report(store, suite, testbed))
-    if fmt == "screen" and out is None:
+    if fmt == "screen":
         console.show_tables(tables)
         return
-    text = formats.get(fmt, to_markdown)(tables)
+    text = formats[fmt](tables)
     if out is None:
         console.stream(text)
     else:
@@ -367,7 +382,13 @@ def doctor(results: Results = Path("results"), as_json: Json = False) -> None:
 
 
 def _bench(
-    results: Path, display: console.Display, device: str, dtype: str, batch_size: int | None, seed: int = 0
+    results: Path,
+    display: console.Display,
+    device: str,
+    dtype: str,
+    batch_size: int | None,
+    seed: int = 0,
+    suite_file: str = "",
 ) -> Bench:
     """The bench of a command; refuses an unwritable results folder before any work is done."""
     from kallm_bench.filing import Bench
@@ -384,9 +405,22 @@ def _bench(
         where,
         computes_in,
         seed=seed,
+        suite_file=suite_file,
         batch_size=batch_size,
         watch=display,
     )
+
+
+def _tell_damaged(store: ResultsStore) -> None:
+    for path, reason in dict(store.damaged).items():
+        console.tell(f"set aside: {path}: {reason}")
+
+
+def _names(text: str, option: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise typer.BadParameter(f"'{text}' names nothing; leave it out for all", param_hint=option)
+    return names
 
 
 def _numbers(text: str) -> list[int]:
@@ -396,7 +430,7 @@ def _numbers(text: str) -> list[int]:
         raise typer.BadParameter(f"'{text}' is no list of numbers; write 0,1,2", param_hint="--seeds") from None
 
 
-def _nothing_to_report(store, suite: str | None, testbed: str | None) -> str:  # type: ignore[no-untyped-def]
+def _nothing_to_report(store: ResultsStore, suite: str | None, testbed: str | None) -> str:
     from kallm_bench.errors import unknown
 
     records = store.records()
@@ -413,27 +447,48 @@ def _nothing_to_report(store, suite: str | None, testbed: str | None) -> str:  #
 
 def main() -> NoReturn:
     """The console script: 0 fine, 1 the user's input or environment, 2 usage, 128 + signal when stopped."""
+    stop_on_signals()
+    console.prepare()
     try:
+        Path.cwd()
         code = app(standalone_mode=False)
     except Interrupted as stopped:
-        console.tell(f"Stopped: {stopped}. The same command goes on from there.")
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        console.tell("Stopped. What was finished is kept; the same command goes on from there.")
-        sys.exit(128 + signal.SIGINT)
+        _leave(f"Stopped: {stopped}. The same command goes on from there.", stopped.exit_code)
+    except Stop as stop:
+        _leave("Stopped. What was finished is kept; the same command goes on from there.", 128 + stop.number)
     except KallmError as error:
         console.fail(str(error))
         sys.exit(1)
     except typer.Exit as leaving:
         sys.exit(leaving.exit_code)
-    except typer.Abort:
-        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # usage, as click tells it
             error.show()
             sys.exit(error.exit_code)
+        if reason := _environment(error):
+            console.fail(reason)
+            sys.exit(1)
         raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    ignore_signals()  # an impatient second one would only add a traceback
+    console.tell(message)
+    sys.exit(code)
+
+
+def _environment(error: Exception) -> str:
+    """One line for what no code of ours can foresee or mend: no memory left, no current folder. Else empty."""
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "t allocate memory" in str(error)
+    ):
+        return "out of memory. A smaller --batch-size, --hidden, --length or --row-length needs less"
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return "the current folder does not exist any more; go to another one"
+    return ""
 
 
 if __name__ == "__main__":

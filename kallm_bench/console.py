@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
     from kallm_bench.records import Metric, RunRecord
     from kallm_bench.reporting import Table
 
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-err = Console(stderr=True, highlight=False)
+_console = functools.partial(Console, highlight=False, markup=False, emoji=False)  # names are shown as users wrote them
+out = _console(soft_wrap=not sys.stdout.isatty())
+err = _console(stderr=True)
 
 PLAIN_EVERY_SECONDS = 15.0
 """Without a terminal there is no bar to redraw: a line now and then, so that a log shows that work goes on."""
@@ -53,13 +56,13 @@ class Display:
         self.last_plain = 0.0
         self.last_work = ""
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=err,
             transient=True,
         )
@@ -102,9 +105,9 @@ class Display:
         if self.current is None or work != self.last_work:
             if self.current is not None:
                 self.progress.remove_task(self.current)
-            self.current = self.progress.add_task(work, total=total, note=note)
+            self.current = self.progress.add_task(work, total=total or None, note=note)
             self.last_work = work
-        self.progress.update(self.current, completed=done, total=total, note=note)
+        self.progress.update(self.current, completed=done, total=total or None, note=note)
 
     def _share(self, work: str, done: int, total: int) -> float:
         """How much of the whole plan is done, 0 to 1; of a part that is several works, the main one counts."""
@@ -121,13 +124,22 @@ class Display:
 
     def _plain(self, work: str, done: int, total: int, note: str, left: str) -> None:
         now = time.monotonic()
-        if work == self.last_work and done < total and now - self.last_plain < PLAIN_EVERY_SECONDS:
+        if total == 1 and done == 0:
+            return  # short works of one piece are for those who look on
+        if work == self.last_work and done < max(total, 1) and now - self.last_plain < PLAIN_EVERY_SECONDS:
             return
         if work == self.last_work and done == total and now - self.last_plain < 1:
             return
         self.last_plain, self.last_work = now, work
-        parts = [self.part, f"{work} {done}/{total}", note, f"about {left} left" if left else ""]
+        parts = [self.part, f"{work} {done}/{total}" if total else work, note, f"about {left} left" if left else ""]
         err.print(", ".join(part for part in parts if part))
+
+
+def prepare() -> None:
+    """Lets a terminal that is not in UTF-8 show a question mark, instead of failing, for what it cannot show."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def show_json(data: Any) -> None:
@@ -135,8 +147,8 @@ def show_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
-def show_records(records: Sequence[RunRecord], as_json: bool) -> None:
-    """The figures of what was just done, or found done; as JSON the whole records."""
+def show_records(records: Sequence[RunRecord], as_json: bool, written: Collection[str]) -> None:
+    """The figures of what was done, or found done where its id is not among those `written`; as JSON whole records."""
     if as_json:
         show_json([json.loads(record.to_json()) for record in records])
         return
@@ -146,6 +158,8 @@ def show_records(records: Sequence[RunRecord], as_json: bool) -> None:
         if record.artifacts:
             out.print(f"Checkpoint: {record.artifacts[0].path.rpartition('/')[0]}")
         out.print(f"Record: {record.id}")
+        if record.id not in written or record.reused:
+            out.print("Found, not done again: nothing that decides it has changed.")
 
 
 def _show_figures(record: RunRecord) -> None:

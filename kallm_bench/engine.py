@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -16,8 +16,8 @@ from kallm_bench.bbh.evaluate import EvalSettings, ask, score
 from kallm_bench.bbh.protocols import find_protocol
 from kallm_bench.bbh.questions import load_questions
 from kallm_bench.bbh.tasks import TASKS
-from kallm_bench.errors import KallmError, TrainingError
-from kallm_bench.files import write_file
+from kallm_bench.errors import DataError, KallmError, TrainingError
+from kallm_bench.files import check_writable, write_file
 from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, parameter_count, ref_after
 from kallm_bench.models import (
     KANSpec,
@@ -27,6 +27,7 @@ from kallm_bench.models import (
     load_tokenizer,
     replaced_modules,
     save_checkpoint,
+    specs_of,
 )
 from kallm_bench.models import retrofit as retrofit_model
 from kallm_bench.models.sources import cache_folder
@@ -34,7 +35,17 @@ from kallm_bench.profiling import ProfileSettings, flops_per_token, measure_infe
 from kallm_bench.records import Metric, ResultsStore, RunRecord
 from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
 from kallm_bench.suites import Cell, Suite
-from kallm_bench.training import SCOPES, TrainSettings, find_data, parameters_in, prepare, tokenizer_fingerprint, train
+from kallm_bench.training import (
+    SCOPES,
+    DataSource,
+    TrainSettings,
+    check_scope,
+    find_data,
+    parameters_in,
+    prepare,
+    tokenizer_fingerprint,
+    train,
+)
 
 
 def retrofit(
@@ -53,37 +64,45 @@ def retrofit(
         replace: whether another checkpoint that stands there may go.
         weights_needed: whether a record without its weights will not do.
     """
+    bench.watch("loading the model", 0, 1)
     spec = complete_spec(load_config(ref.open()), spec)
     stage = Stage(bench, "retrofit", {"spec": spec.to_json()}, ref)
     stage.folder = out or bench.runs / _checkpoint_name(ref.label, spec, stage.key)
-    if done := stage.done(weights_needed):
-        return done
-    replace = stage.may_replace(replace)
-    bench.watch("retrofit", 0, 3, "loading")
-    model, tokenizer = load_model(ref.open(), torch.float32)
-    bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks")
-    retrofit_model(model, spec)
-    bench.watch("retrofit", 2, 3, "saving")
-    save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
-    bench.watch("retrofit", 3, 3)
-    return stage.finish(_size_metrics(model), saved=True, model=model)
+    with stage.claimed(weights_needed) as done:
+        if done:
+            return done
+        replace = stage.may_replace(replace)
+        bench.watch("retrofit", 0, 3, "loading")
+        model, tokenizer = load_model(ref.open(), torch.float32)
+        bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks")
+        retrofit_model(model, spec)
+        bench.watch("retrofit", 2, 3, "saving")
+        save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
+        bench.watch("retrofit", 3, 3)
+        return stage.finish(_size_metrics(model), saved=True, model=model)
 
 
 def train_model(
     bench: Bench, ref: ModelRef, settings: TrainSettings, out: Path | None = None, *, replace: bool = False
 ) -> RunRecord:
     """Trains a checkpoint, from where it was stopped, and saves it; zero tokens only measure the held-out loss."""
-    data, heldout = find_data(settings.data), settings.heldout and find_data(settings.heldout)
+    data, heldout = _data_of(settings)
+    bench.watch("loading the model", 0, 1)
     tokenizer = load_tokenizer(ref.open())
     described = dataclasses.asdict(settings) | bench.place | {"tokenizer": tokenizer_fingerprint(tokenizer)}
-    described |= {"data": data.fingerprint, "heldout": heldout.fingerprint if heldout else None}
+    described |= {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
     if settings.steps == 0:
         described["seed"] = None  # one measurement serves every seed
     stage = Stage(bench, "train", described, ref)
     if settings.steps:
         stage.folder = out or bench.runs / f"{ref.label}-trained-{stage.key[:8]}"
-    if done := stage.done():
-        return done
+    with stage.claimed() as done:
+        return done or _train(bench, stage, settings, tokenizer, data, replace)
+
+
+def _train(
+    bench: Bench, stage: Stage, settings: TrainSettings, tokenizer: Any, data: DataSource, replace: bool
+) -> RunRecord:
     if bench.dtype == torch.float16 and settings.steps:
         raise TrainingError("training in float16 needs loss scaling, which is not here yet; take --dtype bfloat16")
     replace = stage.folder is not None and stage.may_replace(replace)
@@ -91,7 +110,7 @@ def train_model(
     def packing(done: int, total: int) -> None:
         bench.watch("packing conversations", done, total)
 
-    model, _ = load_model(ref.open(), torch.float32, bench.device)
+    model, _ = load_model(stage.ref.open(), torch.float32, bench.device)
     if settings.steps:
         parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
     rows, kept = prepare(
@@ -141,79 +160,119 @@ def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
         **bench.place,
     }
     stage = Stage(bench, "eval-bbh", described, ref)
-    if done := stage.done():
-        return done
-    model, _ = load_model(ref.open(), bench.dtype, bench.device)
-    partial = bench.runs / "unfinished" / f"{stage.key}.jsonl"
-    size = bench.batch_size or (256 if bench.device.type == "cuda" else 16)
-    samples = ask(model, tokenizer, questions, protocol, max_new_tokens, partial, size, bench.watch)
-    about = {"source": questions.source, "fingerprint": questions.fingerprint}
-    record = stage.finish(score(samples, questions), data=about, model=model, samples=samples)
-    partial.unlink(missing_ok=True)
-    return record
+    with stage.claimed() as done:
+        if done:
+            return done
+        model, _ = load_model(ref.open(), bench.dtype, bench.device)
+        partial = bench.runs / "unfinished" / f"{stage.key}.jsonl"
+        size = bench.batch_size or (256 if bench.device.type == "cuda" else 16)
+        samples = ask(model, tokenizer, questions, protocol, max_new_tokens, partial, size, bench.watch)
+        about = {"source": questions.source, "fingerprint": questions.fingerprint}
+        record = stage.finish(score(samples, questions), data=about, model=model, samples=samples)
+        partial.unlink(missing_ok=True)
+        return record
 
 
 def profile(bench: Bench, ref: ModelRef, settings: ProfileSettings, *, again: bool = False) -> RunRecord:
     """Measures what the model costs here. `again` measures anew where a record exists."""
     stage = Stage(bench, "profile", dataclasses.asdict(settings) | bench.place, ref)
-    if not again and (done := stage.done()):
-        return done
-    source = ref.open()
-    start = time.perf_counter()
-    model, _ = load_model(source, bench.dtype, bench.device)
-    loaded = time.perf_counter() - start
-    metrics = [*_size_metrics(model), Metric("flops_per_token", flops_per_token(model)), Metric("load_seconds", loaded)]
-    tail_from = settings.tail_from
-    for scope in SCOPES if replaced_modules(model) or tail_from is not None else ["all"]:
-        if scope != "replaced" or replaced_modules(model):
-            count = sum(parameter.numel() for parameter in parameters_in(model, scope, tail_from))
-            metrics.append(Metric(f"trainable_parameters/{scope}", count))
-    metrics += measure_inference(model, settings, bench.watch)
-    if settings.scope != "none":
-        if bench.autocast:
-            model, _ = load_model(source, torch.float32, bench.device)
-        metrics += measure_training(model, settings, bench.autocast, bench.watch)
-    return stage.finish(metrics, model=model)
+    with stage.claimed() as done:
+        if done and not again:
+            return done
+        source = ref.open()
+        start = time.perf_counter()
+        model, _ = load_model(source, bench.dtype, bench.device)
+        loaded = time.perf_counter() - start
+        metrics = [
+            *_size_metrics(model),
+            Metric("flops_per_token", flops_per_token(model)),
+            Metric("load_seconds", loaded),
+        ]
+        tail_from = settings.tail_from
+        for scope in SCOPES if replaced_modules(model) or tail_from is not None else ["all"]:
+            if scope != "replaced" or replaced_modules(model):
+                count = sum(parameter.numel() for parameter in parameters_in(model, scope, tail_from))
+                metrics.append(Metric(f"trainable_parameters/{scope}", count))
+        metrics += measure_inference(model, settings, bench.watch)
+        if settings.scope != "none":
+            if bench.autocast:
+                model, _ = load_model(source, torch.float32, bench.device)
+            metrics += measure_training(model, settings, bench.autocast, bench.watch)
+        return stage.finish(metrics, model=model)
 
 
 STAGES = ("retrofit", "train", "eval-bbh", "profile")
 
 
-def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None) -> None:
-    """Runs what of a cell is not done yet: retrofit, training, questions, profile.
+def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None) -> list[RunRecord]:
+    """Runs what of a cell is not done yet: retrofit, training, questions, profile; returns the record of each.
 
     The weights between retrofit and training may be gone once training is done; trained weights that are gone are
     trained again.
     """
     bench = dataclasses.replace(bench, arm=cell.arm, seed=cell.seed)
     ref = find_ref(cell.model)
+    records = []
     begin(_part(cell, "retrofit"))
     if cell.spec is not None:
         start, spec = ref, cell.spec
-        done = retrofit(bench, start, spec, weights_needed=False)
-        ref = ref_after(done, start, remake=lambda: retrofit(bench, start, spec))
+        records.append(retrofit(bench, start, spec, weights_needed=False))
+        ref = ref_after(records[-1], start, remake=lambda: retrofit(bench, start, spec))
     begin(_part(cell, "train"))
-    ref = ref_after(train_model(bench, ref, cell.train), ref)
+    records.append(train_model(bench, ref, cell.train))
+    ref = ref_after(records[-1], ref)
     begin(_part(cell, "eval-bbh"))
-    eval_bbh(bench, ref, cell.eval)
+    records.append(eval_bbh(bench, ref, cell.eval))
     begin(_part(cell, "profile"))
-    profile(bench, ref, cell.profile)
+    records.append(profile(bench, ref, cell.profile))
+    return records
 
 
-def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda part: None) -> dict[str, str]:
+def check_cell(cell: Cell) -> None:
+    """Asks of every stage of a cell whether it can be, before the first one runs. Raises what that stage would."""
+    ref = find_ref(cell.model)
+    config = load_config(ref.open())
+    if cell.spec:
+        complete_spec(config, cell.spec)
+    replaced = bool(cell.spec or specs_of(config))
+    if cell.train.steps:
+        check_scope(cell.train.scope, replaced=replaced, tail_from=cell.train.tail_from)
+    if cell.profile.scope != "none":
+        check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
+    tokenizer_fingerprint(load_tokenizer(ref.open()))
+    _data_of(cell.train)
+    find_protocol(cell.eval.protocol)
+    load_questions(cell.eval.source, cell.eval.tasks, cell.eval.limit, cell.eval.questions_seed)
+
+
+class Ran(NamedTuple):
+    """What a suite's run came to: the records of the cells that ended well, and "arm, seed 0" -> why of the others."""
+
+    records: list[RunRecord]
+    failures: dict[str, str]
+
+
+def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda part: None) -> Ran:
     """Runs every cell that is not done; one that fails does not stop the others.
 
-    Returns:
-        The cells that failed, "arm, seed 0" -> why.
+    Raises:
+        KallmError: some cell can never be, as check_cell says; then nothing is run.
     """
     bench = dataclasses.replace(bench, suite=suite.name)
-    failures = {}
+    check_writable(bench.runs)
+    bench.watch("checking the suite", 0, 1)
     for cell in suite.cells:
         try:
-            run_cell(bench, cell, begin)
+            check_cell(cell)
         except KallmError as error:
-            failures[f"{cell.arm}, seed {cell.seed}"] = str(error)
-    return failures
+            raise type(error)(f"arm '{cell.arm}': {error}") from error
+    ran = Ran([], {})
+    for cell in suite.cells:
+        try:
+            ran.records.extend(run_cell(bench, cell, begin))
+        except KallmError as error:
+            ran.failures[f"{cell.arm}, seed {cell.seed}"] = str(error)
+    return ran
 
 
 def plan_of(suite: Suite) -> dict[str, float]:
@@ -250,13 +309,31 @@ class Report(NamedTuple):
     folder: Path
 
 
-def write_report(store: ResultsStore, suite: str, testbed: str) -> Report:
-    """Writes a suite's tables beside its records."""
-    tables = build_tables(store, suite, testbed)
-    folder = store.folder / testbed / suite
+def write_report(store: ResultsStore, suite: Suite, testbed: str, records: Sequence[RunRecord]) -> Report:
+    """Writes a suite's tables beside its records.
+
+    Args:
+        records: what the cells that were just run stand for; the others' come from the store, by the suite's arms.
+    """
+    ran = {(record.arm, record.seed) for record in records}
+    ids = {record.id for record in records}
+
+    def stands(record: RunRecord) -> bool:
+        return record.id in ids if (record.arm, record.seed) in ran else record.arm in suite.arms
+
+    tables = build_tables(store, suite.name, testbed, stands)
+    folder = store.folder / testbed / suite.name
     write_file(folder / "report.md", to_markdown(tables).encode())
     write_file(folder / "report.csv", to_csv(tables).encode())
     return Report(tables, folder)
+
+
+def _data_of(settings: TrainSettings) -> tuple[DataSource, DataSource | None]:
+    """The training data, and the held-out data where that has a source of its own. DataError where they are one."""
+    data, heldout = find_data(settings.data), find_data(settings.heldout) if settings.heldout else None
+    if heldout and heldout.fingerprint == data.fingerprint:
+        raise DataError(f"{settings.heldout}: the held-out data is the training data; leave it out to hold a part back")
+    return data, heldout
 
 
 def _part(cell: Cell, stage: str) -> str:

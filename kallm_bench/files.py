@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
+import glob
 import hashlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,8 +28,13 @@ REFUSED = FULL | {
     errno.EROFS: "the file system is read-only",
     errno.ENOTDIR: "part of the path is a file, not a folder",
     errno.EEXIST: "something else stands there",
+    errno.ENOTEMPTY: "something else stands there",
     errno.ENOENT: "part of the path does not exist",
     errno.EISDIR: "it is a folder",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EBUSY: "it is in use",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EIO: "the disk failed",
 }
 """What the system may answer to a write, in words. Any other answer is unexpected and keeps its traceback."""
 
@@ -40,19 +48,46 @@ def explained(path: Path, only_full: bool = False) -> Iterator[None]:
     """Turns the system's refusals to write at `path`, or only those of a full disk, into one line. Others pass."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (FULL if only_full else REFUSED):
+    except KallmError:
+        raise
+    except Exception as error:
+        number = _error_number(error)
+        if number not in (FULL if only_full else REFUSED):
             raise
-        raise DiskError(f"cannot write {path}: {REFUSED[error.errno]}") from error
+        raise DiskError(f"cannot write {path}: {REFUSED[number]}") from error
+
+
+def _error_number(error: Exception) -> int:
+    """The system's number for a failure; safetensors and tokenizers tell it in words, in an exception of their own."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else 0
+
+
+def check_writable(folder: Path) -> None:
+    """Writes a few bytes into `folder`, which is made where it is missing, and removes them. DiskError if refused."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+            os.fsync(probe.fileno())
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all: beside its place, synced, renamed. An older file of that name is replaced.
 
+    What is no regular file, such as /dev/stdout, is written to as it is.
+
     Raises:
         DiskError: the disk is full, the folder cannot be written, ...
     """
     with explained(path):
+        if path.exists() and not path.is_file():
+            with path.open("wb") as stream:
+                stream.write(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
         try:
@@ -79,28 +114,95 @@ def new_folder(path: Path, *, replace: bool = False, needed_bytes: int = 0) -> I
     Raises:
         DiskError: `path` exists and may not be replaced; too little space; or the disk refused.
     """
-    path = path.absolute()
+    path = path.resolve()
     if path.exists() and not (replace and path.is_dir()):
-        raise DiskError(f"{path} exists; pass --force to replace it, or another --out")
+        raise DiskError(f"{path} exists already")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         free = shutil.disk_usage(path.parent).free
         if free < needed_bytes:
             raise DiskError(
                 f"cannot write {path}: it needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
             )
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
     try:
-        with explained(path, only_full=True):
-            yield temporary
-        with explained(path):
-            _settle(temporary, path)
+        with _opened(temporary, os.O_RDONLY) as descriptor:
+            _lock(descriptor)  # so that nobody sweeps it away
+            with explained(path, only_full=True):
+                yield temporary
+            with explained(path):
+                _settle(temporary, path, replace)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _settle(temporary: Path, path: Path) -> None:
+PARTIAL, OLD = ".partial", ".old"
+
+
+def _sweep(path: Path) -> None:
+    """Clears up after a process that was killed while it made or replaced `path`: what nobody holds any more goes."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left.suffix not in (PARTIAL, OLD) or not left.is_dir():
+            continue
+        with _opened(left, os.O_RDONLY) as descriptor:
+            if not _lock(descriptor):
+                continue
+            if left.suffix == OLD and not path.exists():
+                left.rename(path)  # killed between taking the old folder away and putting the new one there
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def only_one(path: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """Lets one process at a time into the block, by a lock on the file `path`; a killed one leaves no lock behind.
+
+    Args:
+        path: made where it is missing, removed afterwards.
+        wait: called again and again while another process is inside; should take its time.
+
+    Raises:
+        DiskError: the file cannot be made.
+    """
+    while True:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with _opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
+            if _lock(descriptor) and _is_file(path, descriptor):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+        wait()
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    """Whether `path` still names the open file: its last holder may have removed it just now."""
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Takes the lock of an open file or folder, which ends with it; False where another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _settle(temporary: Path, path: Path, replace: bool) -> None:
     """Makes a finished folder readable to all and safe on the disk, then gives it its name."""
     temporary.chmod(0o755)
     for each in temporary.rglob("*"):
@@ -108,10 +210,10 @@ def _settle(temporary: Path, path: Path) -> None:
             each.chmod(0o644)
             with each.open("rb") as file:
                 os.fsync(file.fileno())
-    if not path.exists():
-        temporary.rename(path)
+    if not (replace and path.exists()):
+        temporary.rename(path)  # refused by the system where somebody else has put a folder there meanwhile
         return
-    old = temporary.with_suffix(".old")
+    old = temporary.with_suffix(OLD)
     path.rename(old)
     temporary.rename(path)
     shutil.rmtree(old)

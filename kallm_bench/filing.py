@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import CheckpointError
-from kallm_bench.files import DiskError, sha256
+from kallm_bench.files import DiskError, check_writable, only_one, sha256
 from kallm_bench.models import Source, find_model, read_lineage, specs_of
 from kallm_bench.profiling import environment
 from kallm_bench.progress import Watch, nobody
@@ -38,6 +40,7 @@ class Bench:
         runs: folder of weights and unfinished work.
         device, dtype: what computes, and in what; training keeps float32 parameters and computes in `dtype`.
         suite, arm, seed: what the records are filed under.
+        suite_file: how the user named the suite, so that its report can say how to run it again.
         batch_size: sequences through the model at once; None chooses by device.
         watch: told of progress.
     """
@@ -50,6 +53,7 @@ class Bench:
     suite: str = "manual"
     arm: str = ""
     seed: int = 0
+    suite_file: str = ""
     batch_size: int | None = None
     watch: Watch = nobody
 
@@ -156,17 +160,44 @@ class Stage:
         label = f"{self.name}-{self.arm}-s{self.bench.seed}"
         return f"{self.started:%Y%m%dT%H%M%SZ}-{label}-{self.key[:8]}-{uuid.uuid4().hex[:4]}"
 
-    def done(self, weights_needed: bool = True) -> RunRecord | None:
+    @contextmanager
+    def claimed(self, weights_needed: bool = True) -> Iterator[RunRecord | None]:
+        """Yields the record where the stage is done, else None with the stage held for this process alone.
+
+        Where another process is at it, waits until that one is done or gone.
+
+        Args:
+            weights_needed: whether a record will not do without the weights it left.
+        """
+        if done := self._done(weights_needed):
+            yield done
+            return
+
+        def wait() -> None:
+            self.bench.watch(f"waiting for another process that does this {self.name}", 0, 0)
+            time.sleep(1.0)
+
+        try:
+            with only_one(self.bench.runs / "unfinished" / f"{self.key}.lock", wait):
+                yield self._done(weights_needed)
+        finally:
+            with suppress(OSError):  # what is not empty stays
+                (self.bench.runs / "unfinished").rmdir()
+                self.bench.runs.rmdir()
+
+    def _done(self, weights_needed: bool) -> RunRecord | None:
         """The record of this very stage, if there is one and what it left behind is still there, unchanged.
 
-        Work that was done for another cell is not done again: its record is filed for this one too, as reused.
+        Work that was done for another cell is not done again: its record is filed for this one too, as reused. So is
+        work that the cell did before it did something else, so that its newest record is always what it stands for.
         """
-        record = self.bench.store.find(self.key, self.bench.testbed, self.bench.suite, self.arm)
+        store = self.bench.store
+        record = store.find(self.key, self.bench.testbed, self.bench.suite, self.arm)
         if record is None or (weights_needed and not all(_is_intact(each) for each in record.artifacts)):
             return None
         if self.folder and weights_needed and record.artifacts and _folder_of(record) != self.folder:
             return None
-        if (record.suite, record.arm) == (self.bench.suite, self.arm):
+        if self._stands(record):
             return record
         again = dataclasses.replace(
             record,
@@ -175,10 +206,19 @@ class Stage:
             arm=self.arm,
             seed=self.bench.seed,
             testbed=self.bench.testbed,
+            started=self.started.isoformat(timespec="seconds"),
             reused=record.reused or record.id,
         )
-        self.bench.store.write(again, self.bench.store.samples(record) or None)
+        store.write(again, store.samples(record) or None)
         return again
+
+    def _stands(self, record: RunRecord) -> bool:
+        """Whether `record` is what the report takes for this cell and stage: filed for it, and nothing after it."""
+        if (record.suite, record.arm) != (self.bench.suite, self.arm):
+            return False
+        filed = self.bench.store.records(self.bench.suite, self.bench.testbed)
+        same = [each for each in filed if (each.arm, each.seed, each.stage) == (self.arm, record.seed, self.name)]
+        return not self.bench.arm or same[-1].id == record.id  # outside suites, one arm is asked in many ways
 
     def may_replace(self, force: bool) -> bool:
         """Whether a checkpoint at `folder` may be replaced: where asked to, or where this very stage made it.
@@ -194,6 +234,7 @@ class Stage:
             raise DiskError(f"{self.folder} is no kallm checkpoint and is never replaced; pass another --out")
         if self.folder.exists() and not allowed:
             raise DiskError(f"{self.folder} exists; pass --force to replace it, or another --out")
+        check_writable(self.folder.parent)
         return allowed
 
     def lineage(self) -> tuple[dict[str, str], ...]:
@@ -233,7 +274,8 @@ class Stage:
             },
             data=data or {},
             metrics=tuple(metrics),
-            environment=environment(self.bench.device) | {"batch_size": self.bench.batch_size},
+            environment=environment(self.bench.device)
+            | {"batch_size": self.bench.batch_size, "suite_file": self.bench.suite_file},
             artifacts=_artifacts(folder) if folder else (),
         )
         self.bench.store.write(record, samples)

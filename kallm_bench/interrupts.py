@@ -1,12 +1,39 @@
-"""Ctrl-C and SIGTERM in work that may only stop between two steps."""
+"""Ctrl-C and SIGTERM: at once where nothing is lost, between two steps where something would be."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stop(BaseException):
+    """A signal that is acted on at once. Not KeyboardInterrupt, which the parser of the command line would swallow."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def stop_on_signals() -> None:
+    """From now on both signals raise Stop, wherever the program is."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stop(number)
+
+    for number in STOPS:
+        signal.signal(number, stop)
+
+
+def ignore_signals() -> None:
+    """For the last moments, when leaving is decided."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
@@ -19,8 +46,11 @@ class StopRequest:
 
 
 @contextmanager
-def deferred_stop() -> Iterator[StopRequest]:
+def deferred_stop(asked: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
     """Inside, the first SIGINT or SIGTERM only sets the StopRequest that is yielded; the second acts at once.
+
+    Args:
+        asked: called when the first arrives.
 
     Outside the main thread signals are left as they are, since Python delivers them there alone.
     """
@@ -28,12 +58,13 @@ def deferred_stop() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPS}
 
     def note(number: int, frame: FrameType | None) -> None:
         request.number = number
         for each, handler in before.items():
             signal.signal(each, handler)
+        asked()
 
     for number in before:
         signal.signal(number, note)

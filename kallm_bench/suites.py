@@ -37,11 +37,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite's name, its one-sentence description, and its cells: all arms of the first seed, then of the next."""
+    """A suite's name, its one-sentence description, and its cells: all arms of the first seed, then of the next.
+
+    `arms` are all that its file names, also those that were not wanted this time.
+    """
 
     name: str
     description: str
     cells: tuple[Cell, ...]
+    arms: tuple[str, ...]
 
 
 def find_suite(name: str) -> Path:
@@ -81,19 +85,21 @@ def read_suite(path: Path, only: Iterable[str] = (), seeds: Iterable[int] | None
     names = [arm["name"] for arm in arms]
     if len(set(names)) < len(names):
         raise SuiteError(f"{path}: two arms have one name; it has {names}")
-    if not all(isinstance(seed, int) and seed >= 0 for seed in data.get("seeds", [])):
-        raise SuiteError(f"{path}: seeds should be whole numbers from 0, got {data['seeds']}")
+    chosen = list(data.get("seeds", [0]) if seeds is None else seeds)
+    if not chosen or not all(type(seed) is int and 0 <= seed < 2**32 for seed in chosen):
+        raise SuiteError(f"{path}: seeds should be whole numbers from 0, at least one, got {chosen}")
+    if len(set(chosen)) < len(chosen):
+        raise SuiteError(f"{path}: a seed stands twice in {chosen}")
     for name in only:
         if name not in names:
             raise SuiteError(unknown("arm", name, names))
     wanted = [arm for arm in arms if not only or arm["name"] in set(only)]
-    chosen = list(data.get("seeds", [0]) if seeds is None else seeds)
-    cells = tuple(_cell(arm, seed, data, str(path)) for seed in chosen for arm in wanted)
-    return Suite(path.stem, data.get("description", ""), cells)
+    cells = tuple(_cell(arm, seed, data, path) for seed in chosen for arm in wanted)
+    return Suite(path.stem, data.get("description", ""), cells, tuple(names))
 
 
-def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], where: str) -> Cell:
-    here = f"{where}, arm '{arm['name']}'"
+def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path) -> Cell:
+    here = f"{path}, arm '{arm['name']}'"
     spec_fields = {entry.name for entry in dataclasses.fields(KANSpec)} - {"seed"}
     _refuse_unknown(arm, {"name", *spec_fields, *SECTIONS}, here)
     for name in SECTIONS:
@@ -103,12 +109,23 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], where: str) -> 
         if "blocks" not in arm:
             raise SuiteError(f'{here}: has a basis but no blocks; write blocks = "25-29"')
         spec = KANSpec(seed=seed, **{key: value for key, value in arm.items() if key in spec_fields})
+    elif extra := spec_fields & set(arm):
+        raise SuiteError(f"{here}: has {', '.join(sorted(extra))} but no basis, so nothing would be replaced")
     settings = {
         name: _settings(kind, {**suite.get(name, {}), **arm.get(name, {})}, f"{here}, [{name}]")
         for name, kind in SECTIONS.items()
     }
-    settings["train"] = dataclasses.replace(settings["train"], seed=seed)
-    return Cell(arm["name"], seed, suite.get("model", "bundled"), spec, **settings)
+    train, questions = settings["train"], settings["eval"]
+    settings["train"] = dataclasses.replace(
+        train, seed=seed, data=_beside(path, train.data), heldout=train.heldout and _beside(path, train.heldout)
+    )
+    settings["eval"] = dataclasses.replace(questions, source=questions.source and _beside(path, questions.source))
+    return Cell(arm["name"], seed, _beside(path, suite.get("model", "bundled")), spec, **settings)
+
+
+def _beside(suite: Path, name: str) -> str:
+    """A path that a suite's file names by ./ or ../ starts at that file, wherever the command is run."""
+    return str((suite.parent / name).resolve()) if name.startswith(("./", "../")) else name
 
 
 def _settings(kind: type, values: dict[str, Any], where: str) -> Any:

@@ -284,11 +284,21 @@ def edit_config(change):
     return edit
 
 
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
 def edit_retrofit(**fields):
     return edit_config(lambda config: config["retrofits"][0].update(fields))
 
 
 CONFIG_DAMAGE = {  # name: what is done to the folder, what the message must name
+    "blocks in words": (
+        edit_config(lambda config: config["base_config"].update(num_hidden_layers="four")),
+        "cannot load",
+    ),
+    "a base model that is none": (edit_config(lambda config: config.update(base_config=5)), "cannot load"),
     "config.json gone": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "config.json truncated": (lambda folder: truncate(folder / "config.json"), "config.json"),
     "config.json garbage": (replace_file("config.json", b"\xff\xfe garbage"), "config.json"),
@@ -302,6 +312,8 @@ DAMAGE = {
     "weights truncated": (lambda folder: truncate(folder / "model.safetensors"), "model.safetensors"),
     "weights empty": (replace_file("model.safetensors", b""), "model.safetensors"),
     "weights garbage": (replace_file("model.safetensors", b"\xff" * 1000), "model.safetensors"),
+    "no heads": (edit_config(lambda config: config["base_config"].update(num_attention_heads=0)), "cannot load"),
+    "weights that are a folder": (lambda folder: as_folder(folder / "model.safetensors"), "model.safetensors"),
     "weights gone": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
     "a tensor missing": (
         edit_weights(lambda tensors: tensors.pop("model.layers.0.mlp.layers.0.coefficients")),

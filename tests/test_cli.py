@@ -96,8 +96,11 @@ def kallm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["kallm", *words])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with pytest.raises(SystemExit) as stopped:
             cli.main()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         code = stopped.value.code
         printed = capsys.readouterr()
         return (code if isinstance(code, int) else 0), printed.out, printed.err
@@ -229,18 +232,153 @@ def test_a_stopped_suite_goes_on_where_it_was(home: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "baseline seed 0 eval-bbh" not in done.stderr  # was done before
     assert len(records(home)) == 11
-    assert list((home / "runs" / "unfinished").iterdir()) == []
+    assert not (home / "runs" / "unfinished").exists()
     assert not list(home.rglob("*.partial"))
 
 
 def test_one_failing_arm_does_not_stop_the_others(home: Path, kallm: Run) -> None:
-    suite = SUITE + '[[arm]]\nname = "broken"\nbasis = "cheby2"\nblocks = "2-9"\n'
-    (home / "small.toml").write_text(suite.replace('name = "baseline"', 'name = "baseline"\n'))
+    suite = SUITE + '[[arm]]\nname = "broken"\ntrain.tokens = 99999\ntrain.row_length = 9999\ntrain.rows_per_step = 1\n'
+    (home / "small.toml").write_text(suite)
     code, out, err = kallm("run", "small.toml", "--only", "broken,baseline")
     assert code == 1
-    assert "broken, seed 0" in err
-    assert "the model has 4 blocks, 0-3" in err
+    assert "broken, seed 0: chat.jsonl: the heldout part has fewer than 9999 tokens" in err
     assert "baseline" in out
+    assert "broken" not in out
+
+
+@pytest.mark.parametrize(
+    ("arm", "says"),
+    [
+        ('basis = "cheby2"\nblocks = "2-9"', "the model has 4 blocks, 0-3"),
+        ('train.data = "gone.jsonl"', "no data file 'gone.jsonl'"),
+        ('train.scope = "most"', "no scope 'most'"),
+        ('profile = {scope = "replaced"}', "take --scope all"),
+        ('eval.tasks = ["navigat"]', "Did you mean 'navigate'?"),
+        ('eval.protocol = "chatt"', "Did you mean 'chat'?"),
+        ('eval.source = "./questions"', "no folder"),
+        ('train.heldout = "chat.jsonl"', "the held-out data is the training data"),
+    ],
+)
+def test_a_suite_with_an_arm_that_can_never_be_is_refused_before_any_work(
+    home: Path, kallm: Run, arm: str, says: str
+) -> None:
+    (home / "small.toml").write_text(f'{SUITE}[[arm]]\nname = "broken"\n{arm}\n')
+    code, _, err = kallm("run", "small.toml")
+    assert code == 1
+    assert err.startswith("error: arm 'broken': ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert records(home) == []
+
+
+def test_the_report_of_a_run_is_of_what_the_suite_says_now(home: Path, kallm: Run) -> None:
+    def table(suite: str) -> str:
+        (home / "small.toml").write_text(suite)
+        code, _, err = kallm("run", "small.toml", "--only", "baseline,linear")
+        assert code == 0, err
+        return (next((home / "results").glob("local-*")) / "small" / "report.md").read_text()
+
+    first = table(SUITE)
+    other = table(SUITE.replace("tokens = 256", "tokens = 192"))
+    assert "192 tokens" in other
+    count = len(records(home))
+    again = table(SUITE)
+    assert again.replace("\n", "").split("Machine")[0] == first.replace("\n", "").split("Machine")[0]
+    assert "kallm run small.toml" in again
+    assert all(record.reused for record in records(home)[count:])
+
+
+def test_what_users_call_things_is_shown_as_they_wrote_it(home: Path, kallm: Run) -> None:
+    _, _, err = kallm("eval-bbh", "./[bold]:smile:")
+    assert "[bold]:smile:" in err
+
+
+def test_a_report_goes_where_it_is_sent(home: Path, kallm: Run) -> None:
+    code, _, err = kallm("profile", "base", "--batch", "1", "--length", "32", "--repeats", "2")
+    assert code == 0, err
+    assert kallm("report", "--out", "r.csv")[0] == 0
+    assert (home / "r.csv").read_text().startswith("suite,testbed,arm")
+    assert kallm("report", "--out", "r.txt")[0] == 0
+    assert (home / "r.txt").read_text().startswith("## manual")
+    code, _, err = kallm("report", "--out", "base")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "it is a folder" in err
+    assert kallm("report", "--suite", "[a]*")[0] == 1
+
+
+def test_force_replaces_checkpoints_alone(home: Path, kallm: Run) -> None:
+    (home / "mine").mkdir()
+    (home / "mine" / "diary.txt").write_text("dear")
+    words = ("retrofit", "base", "--blocks", "3", "--force", "--out")
+    code, _, err = kallm(*words, "mine")
+    assert code == 1
+    assert "mine is no kallm checkpoint and is never replaced" in err
+    assert (home / "mine" / "diary.txt").read_text() == "dear"
+    assert kallm(*words, "made")[0] == 0
+    code, out, _ = kallm(*words, "made", "--seed", "1")
+    assert code == 0
+    assert "Found, not done again" not in out
+    assert "Found, not done again" in kallm(*words, "made", "--seed", "1")[1]
+
+
+@pytest.mark.parametrize("place", ["chat.jsonl/x", "/proc/x/y"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(home: Path, kallm: Run, place: str) -> None:
+    code, _, err = kallm("retrofit", "base", "--blocks", "3", "--out", place)
+    assert code == 1
+    assert err.startswith("error: cannot write ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("harm", ["cut", "other", "empty"])
+def test_damaged_files_of_our_own_are_made_again(home: Path, kallm: Run, harm: str) -> None:
+    def damage(path: Path) -> None:
+        content = path.read_bytes()
+        path.write_bytes({"cut": content[: len(content) // 2], "other": b"[1]\n" + content, "empty": b""}[harm])
+
+    words = ("train", "base", "--data", "chat.jsonl", "--scope", "all", "--tokens", "128", "--row-length", "32",
+             "--rows-per-step", "2")  # fmt: skip
+    assert kallm(*words)[0] == 0
+    for path in (home / "cache" / "rows").rglob("*.npy"):
+        damage(path)
+    shutil.rmtree(home / "runs")
+    code, _, err = kallm(*words, "--seed", "1")
+    assert code == 0, err
+
+    (record,) = [each for each in records(home) if each.seed == 1]
+    state = home / "runs" / "unfinished" / record.key / "step-00000001"
+    state.mkdir(parents=True)
+    (state / "state.json").write_text('{"step": 1, "losses": [1.0], "heldout_before": 2.0}')
+    (state / "state.safetensors").write_bytes(b"cut")
+    shutil.rmtree(home / record.artifacts[0].path.rpartition("/")[0])
+    code, _, err = kallm(*words, "--seed", "1")
+    assert code == 0, err
+    assert "damaged, left aside" in err
+
+    for path in (home / "results").rglob("*.json"):
+        damage(path)
+    code, _, err = kallm("report")
+    assert "Traceback" not in err
+
+
+def test_two_processes_do_one_work_once(home: Path) -> None:
+    command = [sys.executable, "-m", "kallm_bench.cli", "retrofit", "base", "--blocks", "3"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [each.communicate()[1] for each in both]
+    assert [each.returncode for each in both] == [0, 0], told
+    assert len(records(home)) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_moment_leaves_with_its_number_and_one_line(home: Path, number: int) -> None:
+    command = [sys.executable, "-m", "kallm_bench.cli", "generate", "base", "hello", "--max-new-tokens", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err.decode().strip().startswith("Stopped.")
+    assert b"Traceback" not in err
 
 
 def test_the_four_stages_by_hand(home: Path, kallm: Run) -> None:

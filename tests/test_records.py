@@ -96,11 +96,17 @@ def test_damaged_and_newer_records_are_set_aside_by_name(tmp_path: Path) -> None
     store = ResultsStore(tmp_path)
     good = store.write(a_record())
     newer = json.loads(good.read_text()) | {"schema": 99}
-    for name, text in {"cut": good.read_text()[:50], "newer": json.dumps(newer), "other": "[]"}.items():
+    wrong = {"settings": 5, "arm": [], "seed": "0", "metrics": [{"name": "accuracy", "value": "x", "n": 1}]}
+    odd = {name: json.dumps(json.loads(good.read_text()) | {name: value}) for name, value in wrong.items()}
+    odd["stage"] = json.dumps(json.loads(good.read_text()) | {"stage": "eval-bbh"})
+    for name, text in {"cut": good.read_text()[:50], "newer": json.dumps(newer), "other": "[]", **odd}.items():
         (good.parent / f"{name}.json").write_text(text)
     assert len(store.records()) == 1
     reasons = {path.stem: reason for path, reason in store.damaged}
-    assert set(reasons) == {"cut", "newer", "other"}
+    assert set(reasons) == {"cut", "newer", "other", *odd}
+    assert "metrics[0]: value is" in reasons["metrics"]
+    assert "settings is" in reasons["settings"]
+    assert "protocol" in reasons["stage"]
     assert "schema 99" in reasons["newer"]
 
 

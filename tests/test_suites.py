@@ -65,6 +65,10 @@ def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) 
         ('[[arm]]\nname = "a"\ntrain = 3\n', "train should be like"),
         ('model = 5\n[[arm]]\nname = "a"\n', "model should be like"),
         ('[[arm]]\nname = "a"\ntrain.seed = 5\n', "no key 'seed'"),
+        ('seeds = []\n[[arm]]\nname = "a"\n', "at least one"),
+        ('seeds = [1, 1]\n[[arm]]\nname = "a"\n', "stands twice"),
+        ('[[arm]]\nname = "a"\nblocks = "1"\n', "has blocks but no basis"),
+        ('[[arm]]\nname = "a"\nbasis = "linear"\nblocks = "1"\nconstant = "edge"\n', "is no KAN"),
     ],
 )
 def test_a_wrong_suite_is_refused_in_one_line(tmp_path: Path, text: str, says: str) -> None:
@@ -73,6 +77,13 @@ def test_a_wrong_suite_is_refused_in_one_line(tmp_path: Path, text: str, says: s
     with pytest.raises(KallmError, match=says) as error:
         read_suite(path)
     assert "\n" not in str(error.value)
+
+
+def test_paths_of_a_suite_start_at_its_file(tmp_path: Path) -> None:
+    (tmp_path / "suites").mkdir()
+    path = tmp_path / "suites" / "mine.toml"
+    path.write_text('[train]\ndata = "../chat.jsonl"\n[[arm]]\nname = "a"\n')
+    assert read_suite(path).cells[0].train.data == str(tmp_path / "chat.jsonl")
 
 
 def test_a_suite_that_is_not_there_gets_the_nearest_name() -> None:

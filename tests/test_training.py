@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 
 from kallm_bench.errors import DataError, Interrupted, TrainingError
 from kallm_bench.models import KANSpec, retrofit
-from kallm_bench.training import SCOPES, TrainSettings, apply_scope, parameters_in, prepare, train
+from kallm_bench.training import SCOPES, TrainSettings, apply_scope, loop, parameters_in, prepare, train
 from kallm_bench.training.data import IGNORE, Template
 from kallm_bench.training.loop import _State
 from kallm_bench.training.loss import loss_sum
@@ -112,6 +113,15 @@ def test_heldout_conversations_are_never_trained_on(bundled_tokenizer: Any, tmp_
     assert "number 51 " in trained
 
 
+def test_a_byte_order_mark_is_no_broken_line(bundled_tokenizer: Any, tmp_path: Path) -> None:
+    source = write_chat(tmp_path / "chat.jsonl", CHAT * 60)
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + Path(source).read_bytes())
+    plain, marked = (
+        prepare(name, bundled_tokenizer, 16, tmp_path / "cache")[0] for name in (source, str(tmp_path / "marked.jsonl"))
+    )
+    assert np.array_equal(plain.tokens, marked.tokens)
+
+
 def test_every_broken_line_is_named(bundled_tokenizer: Any, tmp_path: Path) -> None:
     held_out = write_chat(tmp_path / "heldout.jsonl", CHAT * 60)
 
@@ -128,6 +138,8 @@ def test_every_broken_line_is_named(bundled_tokenizer: Any, tmp_path: Path) -> N
     assert "line 1: role 'tool'" in refusal('{"messages": [{"role": "tool", "content": "x"}]}\n')
     assert "line 1: a message needs" in refusal('{"messages": [{"role": "user"}]}\n')
     assert "no conversations" in refusal("")
+    assert "half a character" in refusal('{"messages": [{"role": "user", "content": "\\ud83d"}]}\n')
+    assert "line 1: not JSON" in refusal("[" * 100_000)
     assert "do not fill a row" in refusal(good, "short.jsonl", row_length=500)
     with pytest.raises(DataError, match="no data file"):
         prepare("gone.jsonl", bundled_tokenizer, 16, tmp_path)
@@ -222,6 +234,66 @@ def test_the_size_of_a_batch_changes_memory_and_not_the_result(tiny_llama: Any, 
     torch.testing.assert_close(torch.tensor(results[0].losses), torch.tensor(results[1].losses), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_long_step_is_left_between_two_batches_and_costs_only_itself(
+    tiny_llama: Any, rows: Any, tmp_path: Path, number: int
+) -> None:
+    def fresh() -> Any:
+        model = tiny_llama()
+        retrofit(model, KANSpec("2-3", "cheby2"))
+        return model
+
+    whole, resumed, seen = fresh(), fresh(), [0]
+    settings = TrainSettings(tokens=512, row_length=32, rows_per_step=8)
+    expected = train(whole, *rows, settings, tmp_path / "whole", batch_rows=2)
+
+    def count(module: Any, inputs: Any) -> None:
+        seen[0] += module.training
+        if seen[0] == 6 and module.training:  # the second batch of the second step
+            signal.raise_signal(number)
+
+    resumed.get_decoder().register_forward_pre_hook(count)
+    told: list[str] = []
+    with pytest.raises(Interrupted) as stopped:
+        train(resumed, *rows, settings, tmp_path / "s", batch_rows=2, watch=lambda work, *rest: told.append(work))
+    assert stopped.value.exit_code == 128 + number
+    assert seen == [6]
+    assert "stopping; Ctrl-C again stops at once" in told
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["step-00000001"]
+    resumed = fresh()
+    assert train(resumed, *rows, settings, tmp_path / "s", batch_rows=2) == expected
+
+
+def test_a_killed_run_goes_on_from_its_last_state(
+    tiny_llama: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is caught when a process is killed: what counts is what the minutely state left on the disk."""
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
+    killed = RuntimeError("as if killed")
+
+    def kill(work: str, done: int, total: int, note: str = "") -> None:
+        if work == "training" and done == 5:
+            raise killed
+
+    def fresh() -> Any:
+        model = tiny_llama()
+        retrofit(model, KANSpec("2-3", "cheby2"))
+        return model
+
+    expected = train(fresh(), *rows, SMALL, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="as if killed"):
+        train(fresh(), *rows, SMALL, tmp_path / "state", watch=kill)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-00000004"]
+    first: list[int] = []
+
+    def note(work: str, done: int, total: int, note: str = "") -> None:
+        if work == "training":
+            first.append(done)
+
+    assert train(fresh(), *rows, SMALL, tmp_path / "state", watch=note) == expected
+    assert first[0] == 5
+
+
 def test_seeds_permute_the_same_rows(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
     losses = []
     for seed in (0, 0, 1):
@@ -246,6 +318,9 @@ def test_settings_that_cannot_be_are_refused(tiny_llama: Any, rows: Any, tmp_pat
         TrainSettings(tokens=100)
     with pytest.raises(TrainingError, match="rows_per_step must be at least 1"):
         TrainSettings(rows_per_step=0)
+    for wrong in ({"warmup": 2.0}, {"weight_decay": -1.0}, {"clip_norm": 0.0}, {"learning_rate": math.nan}):
+        with pytest.raises(TrainingError, match=next(iter(wrong))):
+            TrainSettings(**wrong)
     model = tiny_llama()
     retrofit(model, KANSpec("3", "cheby2"))
     with pytest.raises(TrainingError, match="take at most"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,23 @@ from kallm_bench.bbh.protocols import Protocol
 from kallm_bench.bbh.questions import QuestionSet
 from kallm_bench.bbh.tasks import Question
 from kallm_bench.errors import BBHError
-from kallm_bench.files import explained
+from kallm_bench.files import explained, write_file
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Metric
 
 Sample = dict[str, Any]
+SAMPLE_FIELDS = {
+    "task",
+    "index",
+    "protocol",
+    "prompt_sha256",
+    "choices",
+    "completion",
+    "extracted",
+    "target",
+    "correct",
+    "forwarded_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -148,11 +159,20 @@ def _sample(question: Question, protocol: Protocol, prompt: str, reply: str, for
 
 
 def _read(partial: Path) -> list[Sample]:
-    """The samples of an earlier run; a last line that was cut off is dropped, and asked again."""
+    """The samples of an earlier run; lines that were cut off or damaged are dropped, and asked again."""
     if not partial.is_file():
         return []
-    content = partial.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(partial, len(whole))
-    return [json.loads(line) for line in whole.split(b"\n") if line]
+    lines = partial.read_bytes().splitlines(keepends=True)
+    samples = {line: sample for line in lines if (sample := _sample_in(line))}
+    if len(samples) < len(lines):
+        write_file(partial, b"".join(samples))
+    return list(samples.values())
+
+
+def _sample_in(line: bytes) -> Sample | None:
+    try:
+        sample = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(sample, dict) and set(sample) == SAMPLE_FIELDS and line.endswith(b"\n")
+    return sample if whole else None

@@ -107,9 +107,9 @@ def _from_folder(folder: Path, tasks: Sequence[str]) -> tuple[str, dict[str, lis
             examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
         except (ValueError, KeyError, TypeError) as error:
             raise BBHError(f"{path} does not read as BIG-Bench Hard: {error!r}") from error
+        if not isinstance(examples, list) or not examples:
+            raise BBHError(f"{path} holds no list of questions")
         found[task] = [_question(task, index, example, str(path)) for index, example in enumerate(examples)]
-        if not examples:
-            raise BBHError(f"{path} holds no questions")
         published = published and sha256(path).startswith(PUBLISHED_SHA256[task])
     return "BIG-Bench Hard" if published else f"{folder.name}, not as published", found
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from kallm_bench.files import DiskError, new_folder
+from kallm_bench.files import new_folder
 from kallm_bench.models.modeling import specs_of
 from kallm_bench.models.sources import find_model, load_model, quiet_transformers
 
@@ -39,14 +38,12 @@ def save_checkpoint(
     quiet_transformers()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with new_folder(Path(folder), replace=replace, needed_bytes=size) as temporary:
-        try:
-            model.save_pretrained(temporary)
-        except SafetensorError as error:  # it wraps the system's refusal in a type of its own
-            raise DiskError(f"cannot write {folder}: {error}") from error
+        model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        (temporary / "kallm.json").write_text(json.dumps({"lineage": list(lineage)}, indent=2) + "\n")
-        (temporary / "README.md").write_text(_model_card(model, lineage))
+        note = json.dumps({"lineage": list(lineage)}, indent=2) + "\n"
+        (temporary / "kallm.json").write_text(note, encoding="utf-8")
+        (temporary / "README.md").write_text(_model_card(model, lineage), encoding="utf-8")
 
 
 def load_checkpoint(

@@ -104,7 +104,7 @@ def _make_class(base: Any) -> type[PreTrainedModel]:
         def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
             super().save_pretrained(save_directory, **kwargs)
             written = KallmConfig.of(self.config).to_json_string(use_diff=False)
-            (Path(save_directory) / "config.json").write_text(_without_defaults(written))
+            (Path(save_directory) / "config.json").write_text(_without_defaults(written), encoding="utf-8")
 
     Retrofitted.__name__ = Retrofitted.__qualname__ = f"Kallm{base.__name__}"
     return Retrofitted

@@ -7,6 +7,7 @@ dequantised once, in each dtype asked for, into a cache of plain safetensors fol
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import importlib.util
 import io
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, though not listed
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -38,6 +39,18 @@ INDIVIDUAL_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 """GGUF pre-tokenizers that split off every digit before anything else. The conversion to a fast tokenizer forgets that,
 and then line breaks before a digit are cut differently from what the model was trained on."""
 
+
+FOREIGN = (
+    OSError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
+"""What transformers raises on configurations that nobody's program wrote; it checks few of their values."""
 
 DEQUANTISING = "v1"
 """Raised with every change of `read_gguf` that changes what comes out, so that no cache outlives a fault."""
@@ -75,8 +88,9 @@ def read_lineage(folder: Path) -> list[dict[str, str]]:
     if not note.is_file():
         return []
     try:
-        return list(json.loads(note.read_text())["lineage"])
-    except (ValueError, KeyError, TypeError) as error:
+        entries = json.loads(note.read_text(encoding="utf-8"))["lineage"]
+        return [{name: str(entry[name]) for name in ("id", "key", "stage")} for entry in entries]
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{note} is damaged: it is no JSON object with a 'lineage'") from error
 
 
@@ -132,7 +146,7 @@ def load_model(
             output_loading_info=True,
         )
         tokenizer = _tokenizer(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except FOREIGN as error:
         raise _unreadable(folder, error) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
@@ -147,9 +161,9 @@ def load_config(source: Source) -> Any:
     folder = _dequantised(source, torch.float32) if source.is_gguf else source.folder
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        return config.to_base() if isinstance(config, KallmConfig) else config
+    except FOREIGN as error:
         raise _unreadable(folder, error) from error
-    return config.to_base() if isinstance(config, KallmConfig) else config
 
 
 def load_tokenizer(source: Source) -> Any | None:
@@ -159,7 +173,7 @@ def load_tokenizer(source: Source) -> Any | None:
     folder = _dequantised(source, torch.float32) if source.is_gguf else source.folder
     try:
         return _tokenizer(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except FOREIGN as error:
         raise _unreadable(folder, error) from error
 
 
@@ -171,7 +185,8 @@ def _tokenizer(folder: Path) -> Any | None:
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"cannot load {folder}: {str(error).strip().splitlines()[0]}")
+    told = str(error).strip().splitlines()
+    return CheckpointError(f"cannot load {folder}: {told[0] if told else repr(error)}")
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -189,7 +204,7 @@ def weights_fingerprint(folder: Path) -> str:
         try:
             with safe_open(file, "pt"):
                 pass
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
     parts = [f"{file.name} {sha256(file)}" for file in files]
     for name in ("config.json", "generation_config.json"):
@@ -208,14 +223,14 @@ def _meaning(path: Path) -> str:
         return {key: kept(each) for key, each in value.items() if key not in told}
 
     try:
-        return json.dumps(kept(json.loads(path.read_text())), sort_keys=True)
+        return json.dumps(kept(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def cache_folder() -> Path:
     """Where dequantised models and tokenised data are kept: KALLM_CACHE, else ~/.cache/kallm."""
-    return Path(os.environ.get("KALLM_CACHE", "~/.cache/kallm")).expanduser()
+    return Path(os.environ.get("KALLM_CACHE") or "~/.cache/kallm").expanduser()
 
 
 def _bundled_file() -> Path:
@@ -230,12 +245,21 @@ def _dequantised(source: Source, dtype: torch.dtype) -> Path:
     kind = str(dtype).removeprefix("torch.")
     name = f"{source.folder.stem}-{source.fingerprint[:12]}-{kind}-{DEQUANTISING}"
     folder = cache_folder() / "models" / name
-    if not folder.is_dir():
-        model, tokenizer = read_gguf(source.folder)
+    if not _is_whole(folder):
         with new_folder(folder, replace=True, needed_bytes=source.folder.stat().st_size * 8) as temporary:
+            model, tokenizer = read_gguf(source.folder)
             model.to(dtype).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of the cache is there and nothing in it was cut off."""
+    try:
+        with safe_open(folder / "model.safetensors", "pt"):
+            return all(isinstance(json.loads(path.read_bytes()), dict) for path in sorted(folder.glob("*.json")))
+    except (SafetensorError, OSError, ValueError):
+        return False
 
 
 def read_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
@@ -296,6 +320,8 @@ def _hub_folder(name: str) -> Path:
         f"On a connected machine run `kallm fetch model {name}` and copy its Hugging Face cache here, "
         "or take 'bundled', a folder, or a .gguf file"
     )
+    if difflib.get_close_matches(name, ["bundled"], cutoff=0.8):
+        instead = f"Did you mean 'bundled'? Else: {instead}"
     if not hub_answers():
         raise ModelError(f"model '{name}' is not on this disk and the hub cannot be reached. {instead}")
     try:
@@ -309,7 +335,11 @@ def _hub_folder(name: str) -> Path:
 def _shards_missing(folder: Path) -> list[str]:
     """The safetensors files a folder should have and has not."""
     index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    names = (
+        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if index.is_file()
+        else {"model.safetensors"}
+    )
     return sorted(name for name in names if not (folder / name).is_file())
 
 

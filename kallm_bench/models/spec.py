@@ -47,7 +47,7 @@ class KANSpec:
     def __post_init__(self) -> None:
         for name in ("degree", "hidden", "seed"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise SpecError(f"{name} must be a whole number, got {value!r}")
         for name in ("basis", "form", "constant"):
             if not isinstance(getattr(self, name), str):
@@ -69,6 +69,10 @@ class KANSpec:
             raise SpecError(unknown("form", self.form, FORMS))
         if self.constant not in CONSTANTS:
             raise SpecError(unknown("treatment of the constant", self.constant, CONSTANTS))
+        if not self.is_basis and (self.form, self.constant) != ("stack", "bias"):
+            raise SpecError(f"'{self.basis}' is no KAN: leave form and constant out")
+        if not 0 <= self.seed < 2**32:
+            raise SpecError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.hidden is not None and self.hidden < 1:
             raise SpecError(f"hidden must be at least 1, got {self.hidden}")
 

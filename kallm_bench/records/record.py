@@ -55,7 +55,7 @@ class RunRecord:
     Args:
         id: unique; begins with the time it started.
         stage, suite, arm, seed, testbed: what ran, for which cell, where.
-        started, seconds: UTC, and how long it took.
+        started, seconds: UTC, and how long it took; of a reused one, when it was filed again.
         parents: ids of the records whose result it started from.
         settings: everything that decides the result, "weights" being the fingerprint of the model it started from.
         key: hash under which the stage is found again, see settings_key.
@@ -116,6 +116,7 @@ class RunRecord:
         """
         try:
             data = json.loads(text)
+            _check_types(data, RunRecord, "the record")
             schema = data["schema"]
             if schema != SCHEMA:
                 raise RecordError(f"written in schema {schema}, this program reads {SCHEMA}")
@@ -124,9 +125,38 @@ class RunRecord:
             )
             data["artifacts"] = tuple(Artifact(**artifact) for artifact in data["artifacts"])
             data["parents"] = tuple(data["parents"])
-            return cls(**data)
-        except (ValueError, KeyError, TypeError) as error:
+            record = cls(**data)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecordError(f"not a record: {error}") from error
+        missing = NEEDED.get(record.stage, set()) - set(record.settings)
+        if missing:
+            raise RecordError(f"not a record: its settings lack {', '.join(sorted(missing))}")
+        return record
+
+
+NEEDED = {
+    "retrofit": {"spec"},
+    "train": {"row_length", "rows_per_step", "learning_rate", "scope"},
+    "eval-bbh": {"protocol", "tasks", "max_new_tokens"},
+}
+"""Settings that a record of each stage is read by."""
+
+_KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "tuple": list, "dict": dict, "Sequence": list}
+
+
+def _check_types(data: Any, kind: type, where: str) -> None:
+    """Refuses JSON that a record cannot be made of, with the field's name: TypeError."""
+    if not isinstance(data, dict):
+        raise TypeError(f"{where} is no JSON object")
+    for entry in dataclasses.fields(kind):
+        value, wanted = data.get(entry.name), str(entry.type).partition("[")[0]
+        if entry.name not in data or (value is None and "None" in str(entry.type)):
+            continue  # what is missing is found when the record is made
+        if isinstance(value, bool) or not isinstance(value, _KINDS[wanted.partition(" ")[0]]):
+            raise TypeError(f"{where}: {entry.name} is {str(value)[:40]}")
+    for name, part in (("metrics", Metric), ("artifacts", Artifact)) if kind is RunRecord else ():
+        for number, each in enumerate(data.get(name, [])):
+            _check_types(each, part, f"{name}[{number}]")
 
 
 def settings_key(stage: str, code: int, settings: dict[str, Any], parents: Sequence[str]) -> str:

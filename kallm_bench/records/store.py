@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import json
-import os
 import re
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from kallm_bench.errors import RecordError
-from kallm_bench.files import explained, write_file
+from kallm_bench.files import check_writable, explained, write_file
 from kallm_bench.records.record import RunRecord
 
 TESTBED_FILE = "testbed.json"
@@ -23,11 +24,13 @@ class ResultsStore:
 
     Attributes:
         damaged: after `records()`, the files that were set aside and why.
+        written: ids of the records that this object wrote.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.damaged: list[tuple[Path, str]] = []
+        self.written: set[str] = set()
 
     def write(self, record: RunRecord, samples: Iterable[dict[str, Any]] | None = None) -> Path:
         """Writes a record, whole or not at all, after its samples, so that a record never lacks them.
@@ -44,24 +47,30 @@ class ResultsStore:
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
             write_file(self.samples_path(record), gzip.compress(lines.encode(), mtime=0))
         write_file(path, text.encode())
+        self.written.add(record.id)
         return path
 
     def samples_path(self, record: RunRecord) -> Path:
         return self._folder_of(record) / f"{record.id}.samples.jsonl.gz"
 
     def samples(self, record: RunRecord) -> list[dict[str, Any]]:
-        """The samples written with an evaluation; empty where it has none."""
+        """The samples written with an evaluation; empty where it has none, or where they are damaged."""
         path = self.samples_path(record)
         if not path.is_file():
             return []
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                return [dict(json.loads(line)) for line in lines]
+        except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
+            self.damaged.append((path, f"not samples: {error}"))
+            return []
 
     def records(self, suite: str | None = None, testbed: str | None = None) -> list[RunRecord]:
         """All readable records, oldest first, under the name their testbed has now; unreadable ones go to `damaged`."""
         self.damaged = []
         found = []
-        for path in sorted(self.folder.glob(f"{testbed or '*'}/{suite or '*'}/*.json")):
+        where = (glob.escape(testbed) if testbed else "*", glob.escape(suite) if suite else "*")
+        for path in sorted(self.folder.glob("/".join((*where, "*.json")))):
             try:
                 record = RunRecord.from_json(path.read_text(encoding="utf-8"))
             except (RecordError, UnicodeDecodeError, OSError) as error:
@@ -87,7 +96,7 @@ class ResultsStore:
         fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
         for path in sorted(self.folder.glob(f"*/{TESTBED_FILE}")):
             if _read_json(path).get("fingerprint") == fingerprint:
-                self._check_writable(path.parent)
+                check_writable(path.parent)
                 return path.parent.name
         name = f"local-{fingerprint}"
         self._describe(name, fingerprint, identity)
@@ -116,12 +125,6 @@ class ResultsStore:
     def _describe(self, name: str, fingerprint: str, identity: dict[str, Any]) -> None:
         content = {"schema": 1, "fingerprint": fingerprint, **identity}
         write_file(self.folder / name / TESTBED_FILE, (json.dumps(content, indent=1) + "\n").encode())
-
-    def _check_writable(self, folder: Path) -> None:
-        probe = folder / f".probe-{os.getpid()}"
-        with explained(folder):
-            probe.touch()
-            probe.unlink()
 
     def _folder_of(self, record: RunRecord) -> Path:
         return self.folder / record.testbed / record.suite

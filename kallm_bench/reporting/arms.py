@@ -14,6 +14,9 @@ from kallm_bench.records import RunRecord
 AT_CHANCE = "†"
 """Marks an accuracy whose interval includes guessing."""
 
+BELOW_CHANCE = "‡"
+"""Marks an accuracy whose interval lies wholly below guessing."""
+
 
 @dataclass(frozen=True)
 class Arm:

@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from kallm_bench.records import kind_of
-from kallm_bench.reporting.arms import AT_CHANCE, Arm
+from kallm_bench.reporting.arms import AT_CHANCE, BELOW_CHANCE, Arm
 
 
-def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], at_chance: bool) -> Iterable[str]:
+def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], marks: Collection[str]) -> Iterable[str]:
     """The notes below a table, the most important first.
 
     Args:
         testbed: what testbed.json says.
-        at_chance: whether some row's accuracy is marked as no better than guessing.
+        marks: those that stand in the table.
     """
     yield from _question_notes(arms)
     yield from _training_notes(arms)
-    if at_chance:
+    if AT_CHANCE in marks:
         yield f"{AT_CHANCE} The interval includes guessing: this score is no evidence of skill."
+    if BELOW_CHANCE in marks:
+        yield f"{BELOW_CHANCE} Below guessing, by more than chance: many replies hold no answer, or none asked for."
     yield from _seed_notes(arms)
     yield from _missing_controls(arms)
     yield from _difference_notes(arms)
     yield from _measurement_notes(arms)
     yield f"Machine: {_machine(testbed)}." + _code(arms)
     if suite != "manual":
-        yield f"Run it again: `kallm run {suite}`; this table: `kallm report --suite {suite}`."
+        yield f"Run it again: `kallm run {_file(arms) or suite}`; this table: `kallm report --suite {suite}`."
+
+
+def _file(arms: Sequence[Arm]) -> str:
+    """How the suite was named when the newest record was made; empty where that was not noted."""
+    records = [record for arm in arms for each in arm.stages.values() for record in each]
+    newest = max(records, key=lambda record: (record.started, record.id))
+    return str(newest.environment.get("suite_file") or "")
 
 
 def _question_notes(arms: Sequence[Arm]) -> Iterable[str]:
     told = set()
     for record in (record for arm in arms for record in arm.stages.get("eval-bbh", [])):
         source, tasks = record.data.get("source"), record.settings["tasks"]
-        n = next(metric.n for metric in record.metrics if metric.name == "accuracy")
+        n = next((metric.n for metric in record.metrics if metric.name == "accuracy"), 0)
         line = (
             f"Accuracy: {source}, {n:,} questions of {len(tasks)} tasks, protocol `{record.settings['protocol']}`, "
             f"greedy, at most {record.settings['max_new_tokens']} new tokens; plain mean over tasks, 95 % bootstrap "
@@ -117,7 +126,9 @@ def _measurement_notes(arms: Sequence[Arm]) -> Iterable[str]:
 
 
 def _machine(testbed: dict[str, Any]) -> str:
-    gpus = ", ".join(gpu["name"] for gpu in testbed.get("gpus", [])) or "no GPU"
+    listed = testbed.get("gpus")
+    found = [gpu for gpu in listed if isinstance(gpu, dict)] if isinstance(listed, list) else []
+    gpus = ", ".join(str(gpu.get("name")) for gpu in found) or "no GPU"
     cores, memory = testbed.get("cores", "?"), testbed.get("memory_gib", "?")
     return f"{testbed.get('cpu', 'unknown')}, {cores} cores, {memory} GiB, {gpus}"
 

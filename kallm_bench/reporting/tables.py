@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from kallm_bench.records import ResultsStore, RunRecord
 from kallm_bench.records.statistics import Interval, accuracy_interval, mean_interval
-from kallm_bench.reporting.arms import AT_CHANCE, Arm, variants, what_it_is
+from kallm_bench.reporting.arms import AT_CHANCE, BELOW_CHANCE, Arm, variants, what_it_is
 from kallm_bench.reporting.notes import notes
 
 STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -70,12 +70,17 @@ class Table:
         return tuple(names[metric] for metric in self.metrics)
 
 
-def build_tables(store: ResultsStore, suite: str | None = None, testbed: str | None = None) -> list[Table]:
-    """A table for each suite and testbed in the store, or for those named."""
+def build_tables(
+    store: ResultsStore,
+    suite: str | None = None,
+    testbed: str | None = None,
+    stands: Callable[[RunRecord], bool] = lambda record: True,
+) -> list[Table]:
+    """A table for each suite and testbed in the store, or for those named; of the records that `stands` lets pass."""
     groups: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
     known = {record.id: record for record in store.records()}
     for record in known.values():
-        if suite in (None, record.suite) and testbed in (None, record.testbed):
+        if suite in (None, record.suite) and testbed in (None, record.testbed) and stands(record):
             groups[record.testbed, record.suite].append(record)
     tables = [_table(store, name, where, records, known) for (where, name), records in sorted(groups.items())]
     return [table for table in tables if table.rows]
@@ -87,8 +92,8 @@ def _table(
     arms = [arm for name in dict.fromkeys(record.arm for record in records) for arm in variants(name, records, known)]
     rows = [_row(store, arm) for arm in arms]
     rows += _chance_rows(arms)
-    at_chance = any(figure.mark for row in rows for figure in row.figures.values())
-    below = notes(suite, store.describe(testbed), arms, at_chance)
+    marks = {figure.mark for row in rows for figure in row.figures.values()}
+    below = notes(suite, store.describe(testbed), arms, marks)
     used = {metric for row in rows for metric in row.figures}
     metrics = tuple(metric for _, metric, _ in STAGE_COLUMNS if metric in used)
     return Table(suite, testbed, tuple(rows), tuple(below), metrics)
@@ -101,22 +106,26 @@ def _row(store: ResultsStore, arm: Arm) -> Row:
         values = [value for record in records if (value := record.value(metric)) is not None]
         if values:
             interval = _accuracy_interval(store, records) if metric == "accuracy" else mean_interval(values)
+            if interval and interval[0] < 0:
+                interval = (0.0, interval[1])  # of two seeds it is wide, and none of these can be negative
             figures[metric] = Figure(statistics.fmean(values), interval, _mark(metric, interval, records))
     return Row(arm.name, what_it_is(arm), arm.seeds, figures)
 
 
 def _mark(metric: str, interval: Interval | None, records: Sequence[RunRecord]) -> str:
     guessing = records[0].value("guessing_accuracy") if records else None
-    if metric != "accuracy" or interval is None or guessing is None:
+    if metric != "accuracy" or interval is None or guessing is None or interval[0] > guessing:
         return ""
-    return AT_CHANCE if interval[0] <= guessing <= interval[1] else ""
+    return AT_CHANCE if guessing <= interval[1] else BELOW_CHANCE
 
 
 def _accuracy_interval(store: ResultsStore, records: Sequence[RunRecord]) -> Interval | None:
-    """Over questions, each counted once with its mean over seeds; None where the samples are gone."""
+    """Over questions, each counted once with its mean over seeds; None where the samples are gone or damaged."""
     answers: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         for sample in store.samples(record):
+            if not {"task", "index", "correct"} <= set(sample):
+                return None
             answers[sample["task"]][sample["index"]].append(float(sample["correct"]))
     if not answers:
         return None

@@ -1,15 +1,17 @@
 """Training: conversations to packed rows, what learns, the loss, the loop."""
 
-from kallm_bench.training.data import Rows, find_data, prepare, tokenizer_fingerprint
+from kallm_bench.training.data import DataSource, Rows, find_data, prepare, tokenizer_fingerprint
 from kallm_bench.training.loop import TrainResult, TrainSettings, train
-from kallm_bench.training.scope import SCOPES, apply_scope, parameters_in
+from kallm_bench.training.scope import SCOPES, apply_scope, check_scope, parameters_in
 
 __all__ = [
     "SCOPES",
+    "DataSource",
     "Rows",
     "TrainResult",
     "TrainSettings",
     "apply_scope",
+    "check_scope",
     "find_data",
     "parameters_in",
     "prepare",

@@ -7,7 +7,6 @@ each other. Rows are packed once, without a seed; a seed only permutes them, so 
 
 from __future__ import annotations
 
-import functools
 import gzip
 import hashlib
 import importlib.util
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from torch import Tensor
@@ -117,7 +117,8 @@ def _packed(source: str, tokenizer: Any, row_length: int, cache: Path, part: str
     parts = [found.fingerprint, tokenizer_fingerprint(tokenizer), str(row_length), part, "packing-1"]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     folder = cache / "rows" / fingerprint[:20]
-    if not folder.is_dir():
+    rows = _load_rows(folder, row_length)
+    if rows is None:
         conversations = _part(found.read(), part)
         if not conversations:
             raise DataError(f"{source}: no conversations" + ("" if part == "all" else f" for the {part} part"))
@@ -127,8 +128,17 @@ def _packed(source: str, tokenizer: Any, row_length: int, cache: Path, part: str
         with new_folder(folder, replace=True, needed_bytes=tokens.nbytes + flags.nbytes) as temporary:
             np.save(temporary / "tokens.npy", tokens)
             np.save(temporary / "flags.npy", flags)
-    tokens, flags = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "flags"))
-    return Rows(tokens, flags, source, fingerprint)
+        rows = np.load(folder / "tokens.npy", mmap_mode="r"), np.load(folder / "flags.npy", mmap_mode="r")
+    return Rows(*rows, source, fingerprint)
+
+
+def _load_rows(folder: Path, row_length: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tokens and flags as they were packed; None where they are not, or no longer whole."""
+    try:
+        tokens, flags = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("tokens", "flags"))
+    except (OSError, ValueError, EOFError):
+        return None
+    return (tokens, flags) if tokens.shape == flags.shape and tokens.shape[1:] == (row_length,) else None
 
 
 def _part(conversations: Iterable[Conversation], part: str) -> list[Conversation]:
@@ -182,7 +192,7 @@ def _read_chitchat(path: Path) -> Iterator[Conversation]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Conversation]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
@@ -226,7 +236,7 @@ def _hub_data(source: str) -> DataSource:
 def _conversation(line: str, where: str) -> Conversation:
     try:
         return _checked(json.loads(line), where)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error})") from error
 
 
@@ -237,9 +247,19 @@ def _checked(row: Any, where: str) -> Conversation:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise DataError(f"{where}: a message needs a 'role' and a 'content', both text; got {str(message)[:80]}")
+        if not message["content"].isprintable() and not _is_unicode(message["content"]):
+            raise DataError(f"{where}: half a character, as '\\ud83d' alone is, cannot be cut into tokens")
         if message["role"] not in ("system", "user", "assistant"):
             raise DataError(f"{where}: role '{message['role']}'; roles are system, user and assistant")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -270,9 +290,16 @@ class Template:
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
             raise DataError("the model's tokenizer has no chat template; take an instruction-tuned model")
-        self._render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+        self._tokenizer = tokenizer
         self._between: dict[tuple[str, ...], list[str]] = {}
         self._ending = self._pieces(("user", "assistant"))[-1].rstrip("\n")
+
+    def _render(self, conversation: Conversation) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(conversation, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise DataError(f"the model's chat template cannot render a conversation: {error}") from error
+        return text
 
     def spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and (start, end) in characters of each assistant's turn, its end mark included."""

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import Interrupted, TrainingError
-from kallm_bench.files import DiskError, new_folder
-from kallm_bench.interrupts import deferred_stop
+from kallm_bench.files import new_folder
+from kallm_bench.interrupts import StopRequest, deferred_stop
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.training.data import IGNORE, Rows
 from kallm_bench.training.loss import agrees_with_model, keeps_documents_apart, loss_sum
@@ -75,8 +75,13 @@ class TrainSettings:
                 raise TrainingError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.seed < 0 or (self.tail_from or 0) < 0:
             raise TrainingError(f"seed and tail_from must be at least 0, got {self.seed} and {self.tail_from}")
-        if not self.learning_rate > 0:
-            raise TrainingError(f"learning_rate must be above 0, got {self.learning_rate}")
+        for name, (low, high) in {"learning_rate": (0, 1e3), "clip_norm": (0, math.inf)}.items():
+            if not low < getattr(self, name) < high:
+                raise TrainingError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if not (0 <= self.warmup <= 1 and 0 <= self.weight_decay < math.inf):
+            raise TrainingError(
+                f"warmup is a share from 0 to 1 and weight_decay at least 0, got {self.warmup} and {self.weight_decay}"
+            )
         if 0 < self.tokens < self.rows_per_step * self.row_length:
             raise TrainingError(
                 f"{self.tokens} tokens do not fill one step of {self.rows_per_step} rows of {self.row_length}: "
@@ -136,39 +141,54 @@ def train(
     precision = torch.autocast(device.type, autocast) if autocast else nullcontext()
     if not keeps_documents_apart(model, rows.batch([0], device)["input_ids"][:, :16]):
         raise TrainingError(f"{type(model).__name__} lets documents packed into one row see each other")
-    learning = apply_scope(model, settings.scope, settings.tail_from) if steps else []
+    if not steps:
+        loss, count = _heldout_loss(model, heldout, settings, precision, batch_rows, watch)
+        return TrainResult((), loss, _finite(loss), count, 0)
+    learning = apply_scope(model, settings.scope, settings.tail_from)
     order = np.random.default_rng(settings.seed).permutation(len(rows))
     state = _State(model, learning, settings, state_folder)
-    state.load()
+    state.load(watch)
     if state.heldout_before is None:
         state.heldout_before = _heldout_loss(model, heldout, settings, precision, batch_rows, watch)[0]
 
     model.train()
     last_save = time.monotonic()
-    with deferred_stop() as stop:
+
+    def stopping() -> None:
+        watch("stopping; Ctrl-C again stops at once", state.step, steps)
+
+    with deferred_stop(stopping) as stop:
         while state.step < steps:
             numbers = order[state.step * settings.rows_per_step : (state.step + 1) * settings.rows_per_step]
-            loss = _step(model, rows, numbers, state, precision, batch_rows)
-            if not math.isfinite(loss):
+            mean = _step(model, rows, numbers, state, precision, batch_rows, stop)
+            if mean is None:
+                state.save()
+                raise Interrupted(stop.number, f"training stands at step {state.step} of {steps}")
+            if not math.isfinite(mean):
                 if state.step:
                     state.save()
                 raise TrainingError(
-                    f"the loss of step {state.step + 1} is {loss}; the state before it is kept. A lower learning rate "
+                    f"the loss of step {state.step + 1} is {mean}; the state before it is kept. A lower learning rate "
                     f"than {settings.learning_rate:g} may help"
                 )
-            state.advance(loss)
-            watch("training", state.step, steps, f"loss {loss:.3f}")
+            state.advance(mean)
+            watch("training", state.step, steps, f"loss {mean:.3f}")
             if stop or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
                 state.save()
                 last_save = time.monotonic()
             if stop:
                 raise Interrupted(stop.number, f"training stands at step {state.step} of {steps}")
-    if steps:
-        state.save()  # what follows may be stopped too
+    state.save()  # what follows may be stopped too
     model.eval()
     after, tokens = _heldout_loss(model, heldout, settings, precision, batch_rows, watch)
     count = sum(parameter.numel() for parameter in learning)
-    return TrainResult(tuple(state.losses), state.heldout_before, after, tokens, count)
+    return TrainResult(tuple(state.losses), state.heldout_before, _finite(after), tokens, count)
+
+
+def _finite(heldout_loss: float) -> float:
+    if not math.isfinite(heldout_loss):
+        raise TrainingError(f"the held-out loss is {heldout_loss}: the model has diverged; train with a lower rate")
+    return heldout_loss
 
 
 class _State:
@@ -181,9 +201,7 @@ class _State:
         self.parameters = {names[id(parameter)]: parameter for parameter in learning}
         self.settings = settings
         self.folder = folder
-        self.optimiser = torch.optim.AdamW(
-            learning or [nn.Parameter(torch.zeros(1))], lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        self.optimiser = torch.optim.AdamW(learning, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.step = 0
         self.losses: list[float] = []
         self.heldout_before: float | None = None
@@ -211,25 +229,32 @@ class _State:
                 tensors[f"{moment}.{name}"] = tensor.contiguous()
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with new_folder(self.folder / f"step-{self.step:08d}", replace=True, needed_bytes=size) as temporary:
-            try:
-                save_file(tensors, temporary / "state.safetensors")
-            except SafetensorError as error:  # it wraps the system's refusal in a type of its own
-                raise DiskError(f"cannot write {self.folder}: {error}") from error
+            save_file(tensors, temporary / "state.safetensors")
             note = {"step": self.step, "losses": self.losses, "heldout_before": self.heldout_before}
-            (temporary / "state.json").write_text(json.dumps(note))
+            (temporary / "state.json").write_text(json.dumps(note), encoding="utf-8")
         for path in self.folder.iterdir():  # older states, and what a killed run left half-written
             if path.name != f"step-{self.step:08d}" and path.is_dir():
                 shutil.rmtree(path)
 
-    @torch.no_grad()
-    def load(self) -> None:
-        """Takes up the newest state on disk, if there is one."""
-        saved = sorted(path for path in self.folder.glob("step-*") if path.is_dir())
-        if not saved:
+    def load(self, watch: Watch) -> None:
+        """Takes up the newest state on disk, if there is one that can be read."""
+        for saved in sorted((path for path in self.folder.glob("step-*") if path.is_dir()), reverse=True):
+            try:
+                note = json.loads((saved / "state.json").read_text(encoding="utf-8"))
+                tensors = load_file(saved / "state.safetensors")
+                values = {name: tensors[f"value.{name}"] for name in self.parameters}
+                step, losses, before = int(note["step"]), list(note["losses"]), note["heldout_before"]
+                if len(losses) != step or any(values[name].shape != p.shape for name, p in self.parameters.items()):
+                    raise ValueError("it is of another run")
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+                watch(f"damaged, left aside: {saved}", 0, 0)
+                continue
+            self.step, self.losses, self.heldout_before = step, losses, before
+            self._take(tensors)
             return
-        note = json.loads((saved[-1] / "state.json").read_text())
-        self.step, self.losses, self.heldout_before = note["step"], note["losses"], note["heldout_before"]
-        tensors = load_file(saved[-1] / "state.safetensors")
+
+    @torch.no_grad()
+    def _take(self, tensors: dict[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"value.{name}"])
             for moment in ("exp_avg", "exp_avg_sq", "step"):
@@ -245,10 +270,12 @@ def _step(
     state: _State,
     precision: AbstractContextManager[None],
     batch_rows: int,
-) -> float:
+    stop: StopRequest,
+) -> float | None:
     """One optimiser step on the rows of these numbers; returns their mean loss before it.
 
-    The gradient is that of the mean over all loss-bearing tokens of the step, whatever `batch_rows`.
+    The gradient is that of the mean over all loss-bearing tokens of the step, whatever `batch_rows`. None, with nothing
+    changed, where `stop` came between two batches.
     """
     state.set_rate()
     torch.manual_seed(state.settings.seed * 1_000_003 + state.step)  # dropout, in models that have it
@@ -259,6 +286,9 @@ def _step(
     count = sum(int((batch["targets"] != IGNORE).sum()) for batch in bearing)
     total = 0.0
     for batch in bearing:
+        if stop:
+            state.optimiser.zero_grad()
+            return None
         with precision:
             loss, _ = loss_sum(model, batch)
         torch.autograd.backward(loss / count)

@@ -17,6 +17,14 @@ SCOPES = {
 }
 
 
+def check_scope(scope: str, *, replaced: bool, tail_from: int | None = None) -> None:
+    """Asks whether there is such a scope in a model that has, or has not, replaced blocks. TrainingError if not."""
+    if scope not in SCOPES:
+        raise TrainingError(unknown("scope", scope, SCOPES))
+    if not replaced and scope != "all" and (scope == "replaced" or tail_from is None):
+        raise TrainingError(f"scope '{scope}' needs replaced blocks and this model has none; take --scope all")
+
+
 def parameters_in(model: PreTrainedModel, scope: str, tail_from: int | None = None) -> list[nn.Parameter]:
     """The parameters that learn in `scope`, each once. Changes nothing.
 
@@ -27,14 +35,11 @@ def parameters_in(model: PreTrainedModel, scope: str, tail_from: int | None = No
     Raises:
         TrainingError: unknown scope, or one that needs a replaced block where none is.
     """
-    if scope not in SCOPES:
-        raise TrainingError(unknown("scope", scope, SCOPES))
+    replaced = replaced_modules(model)
+    check_scope(scope, replaced=bool(replaced), tail_from=tail_from)
     if scope == "all":
         return list(model.parameters())
-    replaced = replaced_modules(model)
     if scope == "replaced" or tail_from is None:
-        if not replaced:
-            raise TrainingError(f"scope '{scope}' needs replaced blocks and this model has none; take --scope all")
         tail_from = min(replaced)
     blocks = find_blocks(model)
     if tail_from >= len(blocks):

@@ -40,6 +40,9 @@ class Basis(nn.Module):
     def __init_subclass__(cls, name: str | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)
         if name is not None:  # else a template that families share
+            other = BASES.get(name)
+            if other and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise SpecError(f"basis '{name}' is there already, in {other.__module__}; choose another name")
             cls.name = name
             BASES[name] = cls
 
