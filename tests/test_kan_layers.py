@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import BASES, CONSTANTS, FORMS, KANFeedForward, KANLinear, kan_linear, make_basis
+from kallm_bench.kan import (
+    BASES,
+    CONSTANTS,
+    FORMS,
+    GroupKANLinear,
+    KANFeedForward,
+    KANLinear,
+    ParallelKANLinear,
+    kan_linear,
+    make_basis,
+)
+from kallm_bench.kan.bases import SQUASHES
 
 ALL = sorted(BASES)
 
@@ -16,7 +27,7 @@ def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def make_layer(name, constant="bias", in_features=6, out_features=5):
+def make_layer(name, constant="bias", in_features=8, out_features=5):
     """A layer of which every parameter is drawn, the bias too."""
     layer = KANLinear(in_features, out_features, name, constant=constant)
     layer.reset_parameters(torch.Generator().manual_seed(1))
@@ -29,27 +40,27 @@ def make_layer(name, constant="bias", in_features=6, out_features=5):
 @pytest.mark.parametrize("constant", CONSTANTS)
 def test_the_formula(name, constant):
     layer = make_layer(name, constant).double()
-    x = normal(7, 6, dtype=torch.float64)
-    squash = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "none": lambda x: x}[layer.basis.squash]
+    x = normal(7, 8, dtype=torch.float64)
+    squashed = SQUASHES[layer.basis.squash](x)
+    values = layer.basis(squashed)  # (7, K, 8)
     offset = layer.basis.size - layer.coefficients.shape[1]
     for o in range(5):
         y = torch.zeros(7, dtype=torch.float64) if layer.bias is None else layer.bias[o].expand(7)
-        for i in range(6):
-            functions = layer.basis(squash(x[:, i : i + 1]))[..., 0]  # (7, K)
-            y = y + functions[:, offset:] @ layer.coefficients[o, :, i]
+        for i in range(8):
+            y = y + values[:, offset:, i] @ layer.coefficients[o, :, i]
         torch.testing.assert_close(layer(x)[:, o], y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if BASES[name].constant])
 def test_both_treatments_of_the_constant_represent_the_same_functions(name):
-    x = normal(50, 6, dtype=torch.float64)
+    x = normal(50, 8, dtype=torch.float64)
     edge, bias = make_layer(name, "edge").double(), make_layer(name, "bias").double()
     value = edge.basis(torch.zeros(1, dtype=torch.float64))[0, 0]
 
     folded = kan_linear(x, edge.coefficients[:, 1:], edge.basis, value * edge.coefficients[:, 0].sum(1))
     torch.testing.assert_close(folded, edge(x), rtol=1e-12, atol=1e-12)
 
-    spread = (bias.bias / value / 6)[:, None, None].expand(5, 1, 6)  # an equal part on each edge
+    spread = (bias.bias / value / 8)[:, None, None].expand(5, 1, 8)  # an equal part on each edge
     unfolded = kan_linear(x, torch.cat([spread, bias.coefficients], dim=1), bias.basis)
     torch.testing.assert_close(unfolded, bias(x), rtol=1e-12, atol=1e-12)
 
@@ -57,9 +68,10 @@ def test_both_treatments_of_the_constant_represent_the_same_functions(name):
 @pytest.mark.parametrize("name", ALL)
 def test_layer_parameter_counts(name):
     size, constant = make_basis(name).size, BASES[name].constant
-    counts = {kind: sum(p.numel() for p in KANLinear(7, 5, name, constant=kind).parameters()) for kind in CONSTANTS}
-    assert counts["bias"] == 5 * (size - constant) * 7 + 5
-    assert counts["edge"] == (5 * size * 7 if constant else counts["bias"])
+    counts = {kind: sum(p.numel() for p in KANLinear(8, 5, name, constant=kind).parameters()) for kind in CONSTANTS}
+    own = sum(p.numel() for p in make_basis(name).bound(8).parameters())
+    assert counts["bias"] == 5 * (size - constant) * 8 + 5 + own
+    assert counts["edge"] == (5 * size * 8 if constant else counts["bias"])
 
 
 @pytest.mark.parametrize(
@@ -102,7 +114,7 @@ def test_each_basis_function_starts_with_an_equal_share(name):
 
 
 def test_the_start_follows_its_generator():
-    first, same, other = (KANFeedForward(6, 4, "cheby2") for _ in range(3))
+    first, same, other = (KANFeedForward(8, 8, "cheby2") for _ in range(3))
     for stack, seed in ((first, 5), (same, 5), (other, 6)):
         stack.reset_parameters(torch.Generator().manual_seed(seed))
     for a, b, c in zip(first.parameters(), same.parameters(), other.parameters(), strict=True):
@@ -114,10 +126,12 @@ def test_the_start_follows_its_generator():
 @pytest.mark.parametrize("constant", CONSTANTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_parameter_can_learn(name, constant, form):
-    feedforward = KANFeedForward(6, 4, name, form=form, constant=constant)
+    feedforward = KANFeedForward(8, 8, name, form=form, constant=constant)
     feedforward.reset_parameters(torch.Generator().manual_seed(0))
+    if form == "glu" and feedforward.gate_function.coefficients is not None:
+        torch.nn.init.normal_(feedforward.gate_function.coefficients)  # else what they multiply cannot matter yet
     parameters = dict(feedforward.named_parameters())
-    gradients = torch.autograd.grad(feedforward(normal(20, 6)).square().mean(), list(parameters.values()))
+    gradients = torch.autograd.grad(feedforward(normal(2000, 8)).square().mean(), list(parameters.values()))
     for what, gradient in zip(parameters, gradients, strict=True):
         assert gradient.isfinite().all(), what
         assert (gradient != 0).all(), what
@@ -126,8 +140,8 @@ def test_every_parameter_can_learn(name, constant, form):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_never_see_each_other(name, form):
-    feedforward = KANFeedForward(6, 4, name, form=form)
-    x = normal(8, 6)
+    feedforward = KANFeedForward(8, 8, name, form=form)
+    x = normal(8, 8)
     changed = x.clone()
     changed[5] = 1e4
     before, after = feedforward(x), feedforward(changed)
@@ -140,10 +154,10 @@ def test_rows_never_see_each_other(name, form):
 @pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
 def test_any_leading_dimensions(name, batch):
     layer = make_layer(name)
-    x = normal(*batch, 6)
+    x = normal(*batch, 8)
     y = layer(x)
     assert y.shape == (*batch, 5)
-    torch.testing.assert_close(y.reshape(-1, 5), layer(x.reshape(-1, 6)))
+    torch.testing.assert_close(y.reshape(-1, 5), layer(x.reshape(-1, 8)))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -151,7 +165,7 @@ def test_any_leading_dimensions(name, batch):
 def test_dtypes(name, dtype):
     """Rounding may cost what it costs a sum of that many terms, no more: I·K products of numbers of size about 1."""
     layer = make_layer(name)
-    x = normal(16, 6).to(dtype)
+    x = normal(16, 8).to(dtype)
     y = layer.to(dtype)(x)
     truth = copy.deepcopy(layer).double()(x.double())
     terms = layer.coefficients[0].numel()
@@ -162,8 +176,8 @@ def test_dtypes(name, dtype):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("constant", CONSTANTS)
 def test_autocast(name, constant):
-    stack = KANFeedForward(6, 4, name, constant=constant)
-    x = normal(8, 6)
+    stack = KANFeedForward(8, 8, name, constant=constant)
+    x = normal(8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         y = stack(x)
     assert y.dtype == torch.bfloat16
@@ -179,7 +193,7 @@ def test_autocast(name, constant):
 @pytest.mark.parametrize("constant", CONSTANTS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_are_equal_and_independent(name, constant, copied):
-    stack, x = KANFeedForward(6, 4, name, constant=constant), normal(8, 6)
+    stack, x = KANFeedForward(8, 8, name, constant=constant), normal(8, 8)
     y = stack(x)
     other = copied(stack)
     assert torch.equal(other(x), y)
@@ -191,8 +205,8 @@ def test_copies_are_equal_and_independent(name, constant, copied):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("constant", CONSTANTS)
 def test_state_dict_round_trip(name, constant):
-    saved, loaded = (KANFeedForward(6, 4, name, constant=constant) for _ in range(2))
-    x = normal(8, 6)
+    saved, loaded = (KANFeedForward(8, 8, name, constant=constant) for _ in range(2))
+    x = normal(8, 8)
     assert not torch.equal(loaded(x), saved(x))
     loaded.load_state_dict(saved.state_dict())
     assert torch.equal(loaded(x), saved(x))
@@ -202,14 +216,14 @@ def test_state_dict_round_trip(name, constant):
 @pytest.mark.parametrize("constant", CONSTANTS)
 def test_meta_device(name, constant):
     with torch.device("meta"):
-        stack = KANFeedForward(6, 4, name, constant=constant)
-        assert stack(torch.empty(2, 6)).shape == (2, 6)
+        stack = KANFeedForward(8, 8, name, constant=constant)
+        assert stack(torch.empty(2, 8)).shape == (2, 8)
     assert all(parameter.is_meta for parameter in stack.parameters())
 
-    real, direct = stack.to_empty(device="cpu"), KANFeedForward(6, 4, name, constant=constant)
+    real, direct = stack.to_empty(device="cpu"), KANFeedForward(8, 8, name, constant=constant)
     for made in (real, direct):
         made.reset_parameters(torch.Generator().manual_seed(4))
-    assert torch.equal(real(normal(8, 6)), direct(normal(8, 6)))
+    assert torch.equal(real(normal(8, 8)), direct(normal(8, 8)))
 
 
 def test_forms():
@@ -223,6 +237,109 @@ def test_forms():
     assert single(x).shape == x.shape
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_every_basis_starts_at_unit_variance_and_stays_there(name, form):
+    """Thirty blocks as in a language model: each adds to the stream what it makes of the normalised stream."""
+    generator = torch.Generator().manual_seed(0)
+    stream = normal(256, 192)
+    for _ in range(30):
+        feedforward = KANFeedForward(192, 128, name, form=form)
+        feedforward.reset_parameters(generator)
+        added = feedforward(torch.nn.functional.rms_norm(stream, stream.shape[-1:])).detach()
+        assert 0.5 < added.square().mean().item() < 2.0
+        stream = stream + added
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_without_a_graph_break(name, form):
+    torch._dynamo.reset()
+    feedforward, x = KANFeedForward(8, 8, name, form=form), normal(4, 8)
+    compiled = torch.compile(feedforward, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), feedforward(x))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_are_good_modules(name, form):
+    with torch.device("meta"):
+        module = KANFeedForward(16, 8, name, form=form, up=form == "glu")
+        assert module(torch.empty(2, 16)).shape == (2, 16)
+    module = module.to_empty(device="cpu")
+    module.reset_parameters(torch.Generator().manual_seed(0))
+    x = normal(8, 16)
+    y = module(x)
+    assert y.isfinite().all()
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), y)
+    other = KANFeedForward(16, 8, name, form=form, up=form == "glu")
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), y)
+    assert module.double()(x.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert copy.deepcopy(module).float()(x).dtype == torch.bfloat16
+
+
+def swiglu(glu, x):
+    return torch.nn.functional.linear(torch.nn.functional.silu(glu.gate_proj(x)) * glu.up_proj(x), glu.down_proj.weight)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("up", [False, True])
+def test_a_glu_starts_as_swiglu(name, up):
+    """Exactly, where the learned function is added; to the fit's error, where it stands in the activation's place."""
+    glu, x = KANFeedForward(16, 64, name, form="glu", up=up), normal(100, 16)
+    exact = swiglu(glu, x)
+    if BASES[name]().groups is None:
+        assert torch.equal(glu(x), exact)
+        torch.nn.init.normal_(glu.gate_function.coefficients)
+        assert not torch.equal(glu(x), exact)
+    else:
+        torch.testing.assert_close(glu(x), exact, rtol=0, atol=5e-3)
+
+
+def test_a_sequential_mix_is_a_layer_for_each_basis():
+    stack = KANFeedForward(12, 8, "cheby2:degree=3>rbf>legendre")
+    assert [layer.basis.name for layer in stack.layers] == ["cheby2", "rbf", "legendre"]
+    assert [(layer.in_features, layer.out_features) for layer in stack.layers] == [(12, 8), (8, 8), (8, 12)]
+
+
+def test_a_parallel_mix_adds_what_its_parts_make_of_their_channels():
+    layer, x = ParallelKANLinear(8, 5, ["cheby2", "rbf"]), normal(20, 8)
+    first, second = layer.parts
+    torch.testing.assert_close(layer(x), first(x[:, :4]) + second(x[:, 4:]))
+    assert first.bias is not None
+    assert second.bias is None
+    assert KANFeedForward(8, 8, "cheby2+rbf>legendre")(x).shape == x.shape
+
+
+@pytest.mark.parametrize("name", [*ALL, "cheby2+rbf", "legendre+cheby3"])
+@pytest.mark.parametrize("constant", CONSTANTS)
+@pytest.mark.parametrize("linear", [False, True])
+def test_features_times_matrix_is_the_layer(name, constant, linear):
+    kind = (
+        (lambda *a, **k: ParallelKANLinear(a[0], a[1], name.split("+"), **k))
+        if "+" in name
+        else (lambda *a, **k: KANLinear(a[0], a[1], name, **k))
+    )
+    layer, x = kind(8, 5, constant=constant, linear=linear, scaled=True).double(), normal(20, 8, dtype=torch.float64)
+    features = layer.features(x)
+    matrix, bias = normal(5, features.shape[-1], dtype=torch.float64, seed=1), normal(5, dtype=torch.float64, seed=2)
+    if constant == "edge" and any(BASES[part].constant for part in name.split("+")):
+        bias = bias  # goes to the edges, see below
+    layer.load_matrix(matrix, bias)
+    torch.testing.assert_close(layer(x), features @ matrix.T + bias)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_group_layer_starts_at_unit_variance(name):
+    layer = GroupKANLinear(64, 256, name)
+    layer.reset_parameters(torch.Generator().manual_seed(0), 0.5)
+    assert layer(normal(512, 64)).square().mean().item() == pytest.approx(0.25, rel=0.1)
+    if layer.function.coefficients is not None:
+        assert len(layer.function.coefficients) == 8
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -231,6 +348,13 @@ def test_forms():
         (lambda: KANFeedForward(6, 4, "cheby2", form="stak"), "Did you mean 'stack'?"),
         (lambda: KANFeedForward(6, 4, "chebby2"), "Did you mean 'cheby2'?"),
         (lambda: KANFeedForward(6, 4, "cheby2", degree=0), "degree must be"),
+        (lambda: KANLinear(6, 4, "rational"), "6 channels are not divisible by 8 groups"),
+        (lambda: KANFeedForward(6, 12, "cheby2", form="glu"), "12 channels are not divisible by 8 groups"),
+        (lambda: KANFeedForward(6, 8, "rational", form="glu", groups=4), "write rational:groups=4"),
+        (lambda: ParallelKANLinear(7, 4, ["cheby2", "rbf"]), "7 input channels are not divisible by the 2 parts"),
+        (lambda: KANFeedForward(6, 8, "cheby2>rbf", form="gated"), "needs form 'stack'"),
+        (lambda: KANFeedForward(6, 8, "cheby2+rbf", form="glu"), "no place for"),
+        (lambda: KANFeedForward(6, 4, "sinc+rbf", degree=3), "no family of 'sinc+rbf' has a degree"),
     ],
 )
 def test_refusals(make, message):

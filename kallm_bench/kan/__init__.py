@@ -2,7 +2,19 @@
 
 from kallm_bench.kan.bases import BASES, Basis, make_basis
 from kallm_bench.kan.feedforward import FORMS, KANFeedForward
-from kallm_bench.kan.layers import CONSTANTS, KANLinear
+from kallm_bench.kan.layers import CONSTANTS, GroupFunction, GroupKANLinear, KANLinear, ParallelKANLinear
 from kallm_bench.kan.ops import kan_linear
 
-__all__ = ["BASES", "CONSTANTS", "FORMS", "Basis", "KANFeedForward", "KANLinear", "kan_linear", "make_basis"]
+__all__ = [
+    "BASES",
+    "CONSTANTS",
+    "FORMS",
+    "Basis",
+    "GroupFunction",
+    "GroupKANLinear",
+    "KANFeedForward",
+    "KANLinear",
+    "ParallelKANLinear",
+    "kan_linear",
+    "make_basis",
+]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kallm_bench.errors import SpecError, unknown
-from kallm_bench.kan.bases import make_basis
-from kallm_bench.kan.layers import KANLinear
+from kallm_bench.kan.bases.rational import Rational
+from kallm_bench.kan.layers import GroupFunction, KANLinear, ParallelKANLinear, make_layer
 
 FORMS = {
-    "stack": "two KAN layers, hidden_size -> hidden -> hidden_size",
+    "stack": "two KAN layers, hidden_size -> hidden -> hidden_size; one a basis in a sequential mix 'a>b>c'",
     "single": "one KAN layer, hidden_size -> hidden_size",
+    "gated": "two KAN layers hidden_size -> hidden, multiplied, then a matrix",
+    "glu": "SwiGLU's three matrices, with a learned function for each channel group added to its activation",
 }
 
 
@@ -22,17 +26,20 @@ class KANFeedForward(nn.Module):
 
     Args:
         hidden_size: the model's width, in and out.
-        hidden: the width between the two layers of a "stack"; not used by "single".
-        basis: public name of the basis.
-        degree: its degree; None for the family's own default, and for families without one.
+        hidden: the inner width; not used by "single".
+        basis: public name of the basis; "a+b" is a parallel mix, and in a "stack" "a>b" a sequential one.
+        degree: for families that have one; None for their own defaults.
         form: a key of FORMS.
-        constant: see KANLinear.
+        constant, linear, scaled: see KANLinear; not for "glu".
+        groups: see GroupFunction; for "glu" alone.
+        up: whether the up path of a "glu" has a learned function as well.
+        activation: the name of the activation that "glu" adds to, or that a basis learned by itself starts as.
 
     Shapes:
         x (..., hidden_size) -> (..., hidden_size)
 
     Raises:
-        SpecError: unknown form, basis or constant, or a degree that the family cannot take.
+        SpecError: unknown form, basis or constant; a degree that the family cannot take; a mix that the form cannot.
     """
 
     def __init__(
@@ -44,24 +51,122 @@ class KANFeedForward(nn.Module):
         degree: int | None = None,
         form: str = "stack",
         constant: str = "bias",
+        linear: bool = False,
+        scaled: bool = False,
+        groups: int | None = None,
+        up: bool = False,
+        activation: str = "silu",
     ) -> None:
         super().__init__()
         if form not in FORMS:
             raise SpecError(unknown("form", form, FORMS))
-        widths = [hidden_size, hidden, hidden_size] if form == "stack" else [hidden_size, hidden_size]
-        self.layers = nn.ModuleList(
-            KANLinear(before, after, make_basis(basis, degree=degree), constant=constant)
-            for before, after in pairwise(widths)
-        )
+        bases = basis.split(">")
+        if len(bases) > 1 and form != "stack":
+            raise SpecError(f"'{basis}' is a sequential mix, which needs form 'stack'; '{form}' has one kind of layer")
+        self.form, self.activation = form, activation
+
+        def layer(before: int, after: int, name: str) -> KANLinear | ParallelKANLinear:
+            return make_layer(before, after, name, degree=degree, constant=constant, linear=linear, scaled=scaled)
+
+        if form in ("stack", "single"):
+            if form == "stack" and len(bases) == 1:
+                bases = bases * 2
+            widths = [hidden_size, *[hidden] * (len(bases) - 1), hidden_size]
+            self.layers = nn.ModuleList(layer(*pair, name) for pair, name in zip(pairwise(widths), bases, strict=True))
+        elif form == "gated":
+            self.gate, self.up = layer(hidden_size, hidden, basis), layer(hidden_size, hidden, basis)
+            self.down = nn.Linear(hidden, hidden_size)
+        else:
+            if "+" in basis:
+                raise SpecError(f"'{basis}' is a parallel mix, which form 'glu' has no place for")
+            name = basis if degree is None else f"{basis}{',' if ':' in basis else ':'}degree={degree}"
+            self.gate_proj, self.up_proj = (nn.Linear(hidden_size, hidden, bias=False) for _ in range(2))
+            self.down_proj = nn.Linear(hidden, hidden_size, bias=False)
+            self.gate_function = GroupFunction(hidden, name, groups)
+            self.up_function = GroupFunction(hidden, name, groups) if up else None
+        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        if self.form in ("stack", "single"):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+        output = self.down if self.form == "gated" else self.down_proj
+        y: Tensor = output(self.inner(x))
+        return y
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What the last matrix of "gated" and "glu" takes: (..., hidden_size) -> (..., hidden)."""
+        if self.form == "gated":
+            product: Tensor = self.gate(x) * self.up(x)
+            return product
+        gate: Tensor = self._learned(self.gate_function, self.activation, self.gate_proj(x))
+        up: Tensor = self.up_proj(x)
+        return gate * (up if self.up_function is None else self._learned(self.up_function, "identity", up))
+
+    def _learned(self, function: GroupFunction, activation: str, z: Tensor) -> Tensor:
+        """A function learned by itself stands in the activation's place, fitted to it; others are added to it."""
+        values: Tensor = function(z)
+        return values if function.coefficients is None else ACTIVATIONS[activation](z) + values
+
+    def last(self) -> KANLinear | ParallelKANLinear | nn.Linear:
+        """The layer that gives the output."""
+        if self.form in ("stack", "single"):
+            layer = self.layers[-1]
+            assert isinstance(layer, KANLinear | ParallelKANLinear)
+            return layer
+        return self.down if self.form == "gated" else self.down_proj
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None, gain: float = 1.0) -> None:
         """Draws every layer anew; N(0, 1) inputs give outputs of mean square about `gain`²."""
-        for layer in self.layers:
-            assert isinstance(layer, KANLinear)
-            layer.reset_parameters(generator, gain if layer is self.layers[-1] else 1.0)
+        if next(self.parameters()).is_meta:
+            return
+        if self.form in ("stack", "single"):
+            for layer in self.layers:
+                assert isinstance(layer, KANLinear | ParallelKANLinear)
+                layer.reset_parameters(generator, gain if layer is self.layers[-1] else 1.0)
+            return
+        if self.form == "gated":
+            self.gate.reset_parameters(generator)
+            self.up.reset_parameters(generator)
+        else:
+            self.reset_functions()
+            _draw(self.gate_proj, generator, 1.0)
+            _draw(self.up_proj, generator, 1.0)
+        share = self._inner_mean_square(generator)  # a product of few random functions is far from its expectation
+        output = self.last()
+        assert isinstance(output, nn.Linear)
+        _draw(output, generator, gain / share**0.5)
+
+    def _inner_mean_square(self, generator: torch.Generator | None) -> float:
+        """E[inner(x)²] over 512 rows of N(0, 1)."""
+        like = next(self.parameters())
+        width = self.last().out_features
+        x = torch.randn((512, width), generator=generator, dtype=torch.float32, device="cpu").to(like)
+        return float(self.inner(x).float().square().mean())
+
+    def reset_functions(self) -> None:
+        """The learned functions of a "glu" as they start: the whole computes what SwiGLU does."""
+        functions = {self.gate_function: self.activation, self.up_function: "identity"}
+        for function, like in functions.items():
+            if function is not None:
+                function.reset_parameters()
+                if isinstance(function.basis, Rational):
+                    function.basis.start_as(like)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "identity": lambda x: x,
+}
+"""What stands between the matrices of a gated feed-forward, by name."""
+
+
+def _draw(layer: nn.Linear, generator: torch.Generator | None, gain: float) -> None:
+    drawn = torch.randn(layer.weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+    layer.weight.copy_(drawn * gain / layer.in_features**0.5)
+    if layer.bias is not None:
+        layer.bias.zero_()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kallm_bench.errors import SpecError, unknown
@@ -14,8 +15,23 @@ from kallm_bench.errors import SpecError, unknown
 BASES: dict[str, type[Basis]] = {}
 """Every family by its public name; filled by importing kallm_bench.kan.bases."""
 
-SQUASHES: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-"""Elementwise maps from all real numbers into a basis's domain. Elementwise, so that no token ever sees another."""
+
+def _norm(x: Tensor) -> Tensor:
+    """Each token's channels to mean 0 and variance 1, computed in float32 where x is of a half type."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return F.layer_norm(wide, wide.shape[-1:]).to(x.dtype)
+
+
+SQUASHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "norm": _norm,
+}
+"""Maps from all real numbers (..., I) into a basis's domain. Each token by itself: none ever sees another."""
+
+DOMAINS = {"none": (-8.0, 8.0), "tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "norm": (-4.0, 4.0)}
+"""What comes out of each squash: all of it for tanh and sigmoid, where nearly all of it lies for the others."""
 
 
 class Basis(nn.Module):
@@ -36,6 +52,8 @@ class Basis(nn.Module):
     constant: ClassVar[bool] = True
     """Whether B_0 is the same constant for every input, so that its coefficients can fold into a layer's bias."""
     size: int
+    groups: int | None = None
+    """How many groups of channels have a function of their own, in a family that is learned so; else None."""
 
     def __init_subclass__(cls, name: str | None = None, **rest: Any) -> None:
         super().__init_subclass__(**rest)
@@ -49,10 +67,37 @@ class Basis(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define forward")  # abstract
 
+    def bound(self, in_features: int) -> Self:
+        """This basis for a layer of so many inputs: itself, or a copy with learned parameters of its own.
+
+        Learned parameters belong to input channels or groups of them, never to edges.
+
+        Raises:
+            SpecError: the inputs cannot be divided as the family needs.
+        """
+        return self
+
+    def reset_parameters(self) -> None:
+        """Gives the learned parameters, where a family has some, the values they start from."""
+
     @classmethod
     def arguments(cls) -> dict[str, inspect.Parameter]:
         """The arguments a user may set, by name."""
         return {key: value for key, value in inspect.signature(cls).parameters.items() if key != "self"}
+
+
+def whole(family: str, argument: str, value: Any, least: int, most: int) -> int:
+    """`value`, if it is a whole number in this range; else SpecError."""
+    if type(value) is not int or not least <= value <= most:
+        raise SpecError(f"{family}: {argument} must be a whole number from {least} to {most}, got {value}")
+    return value
+
+
+def between(family: str, argument: str, value: Any, above: float, below: float) -> float:
+    """`value`, if it is a number strictly between these; else SpecError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < below:
+        raise SpecError(f"{family}: {argument} must be a number above {above:g} and below {below:g}, got {value}")
+    return float(value)
 
 
 def make_basis(name: str, **arguments: Any) -> Basis:

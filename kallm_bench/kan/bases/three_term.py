@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan.bases.base import Basis
+from kallm_bench.kan.bases.base import DOMAINS, Basis, whole
+
+HIGHEST_DEGREE = 16
+SAFE_VALUE = 2.0**14
+"""No basis function, and none of their slopes, may exceed this on the domain: float16 ends at 65,504."""
 
 
 class ThreeTerm(Basis):
@@ -19,22 +24,26 @@ class ThreeTerm(Basis):
     exactly 1 from x = 3.5 on.
 
     Args:
-        degree: highest polynomial degree, 1 to `highest_degree`; the basis has degree + 1 functions.
+        degree: highest polynomial degree, from 1 to the family's numerically safe limit: no value and no slope on the
+            domain beyond SAFE_VALUE, and HIGHEST_DEGREE at most. The basis has degree + 1 functions.
 
     Shapes:
         x (..., I), dimensionless, in the family's domain  ->  (..., K, I) with K = degree + 1.
 
     Raises:
-        SpecError: degree out of range.
+        SpecError: degree out of range; says the limit.
     """
 
     first: ClassVar[float] = 1.0
-    highest_degree: ClassVar[int] = 16
 
     def __init__(self, degree: int = 2) -> None:
         super().__init__()
-        if not isinstance(degree, int) or not 1 <= degree <= self.highest_degree:
-            raise SpecError(f"{self.name}: degree must be a whole number from 1 to {self.highest_degree}, got {degree}")
+        limit = self._safe_degree()
+        whole(self.name, "degree", degree, 1, HIGHEST_DEGREE)
+        if degree > limit:
+            raise SpecError(
+                f"{self.name}: degree {degree} leaves float16's range; its numerically safe limit is {limit}"
+            )
         self.size = degree + 1
 
     def step(self, n: int) -> tuple[float, float, float]:
@@ -48,3 +57,19 @@ class ThreeTerm(Basis):
             before, after = terms[-1], (a * x + b) * terms[-1] - c * before
             terms.append(after)
         return torch.stack(terms, dim=-2)
+
+    def _safe_degree(self) -> int:
+        """The last degree whose values and slopes stay below SAFE_VALUE on the domain."""
+        x = np.linspace(*DOMAINS[self.squash], 257)
+        before, value, slope_before, slope = 0 * x, 0 * x + self.first, 0 * x, 0 * x
+        for n in range(HIGHEST_DEGREE):
+            try:
+                a, b, c = self.step(n)
+            except ZeroDivisionError:  # finite families end where their points do
+                return n
+            next_value = (a * x + b) * value - c * before
+            slope, slope_before = a * value + (a * x + b) * slope - c * slope_before, slope
+            before, value = value, next_value
+            if max(np.abs(value).max(), np.abs(slope).max()) > SAFE_VALUE:
+                return n
+        return HIGHEST_DEGREE
