@@ -55,28 +55,56 @@ def retrofit(
     hidden: Annotated[
         int | None, typer.Option(help="Inner width; a quarter of the original's for KANs, the original's for linear.")
     ] = None,
-    form: Annotated[str, typer.Option(help="stack: two KAN layers; single: one.")] = "stack",
+    form: Annotated[
+        str, typer.Option(help="stack: two KAN layers; single: one; gated: two multiplied; glu: SwiGLU, learned gate.")
+    ] = "stack",
     constant: Annotated[
         str, typer.Option(help="Where the constant function goes: one bias, or on every edge as published.")
     ] = "bias",
+    linear: Annotated[bool, typer.Option("--linear", help="Give KAN layers a path past the basis.")] = False,
+    groups: Annotated[int | None, typer.Option(help="Learned functions in form glu; 8 if left out.")] = None,
+    up: Annotated[bool, typer.Option("--up", help="In form glu, learned functions on the up path too.")] = False,
+    params: Annotated[
+        str | None, typer.Option(help="Choose --hidden for so many parameters in all: a number, or original.")
+    ] = None,
+    start: Annotated[
+        str,
+        typer.Option(
+            help="random; lstsq, distill or inherit (from what is replaced; joined by +, such as inherit+distill; "
+            "sequence may end it); convert (what the blocks' KANs do, in the new basis). auto: convert, or random."
+        ),
+    ] = "auto",
+    start_steps: Annotated[int, typer.Option(min=1, help="Of distillation.")] = 400,
+    calibration: Annotated[
+        str, typer.Option(help="Text that a start is calibrated on: as --data of `kallm train`.")
+    ] = "bundled",
+    calibration_tokens: Annotated[int, typer.Option(min=1024, help="How much of it.")] = 20_480,
     seed: Seed = 0,
     out: Out = None,
     force: Force = False,
+    device: Device = "auto",
     results: Results = Path("results"),
     as_json: Json = False,
 ) -> None:
     """Replace the feed-forward parts of some blocks by KAN layers, and save the checkpoint.
 
     kallm retrofit --blocks 25-29 --basis cheby2
+    kallm retrofit --form glu --basis rational --hidden 512 --start inherit
     """
     from kallm_bench import engine
     from kallm_bench.filing import find_ref
-    from kallm_bench.models import KANSpec
+    from kallm_bench.models import CalibrationSettings, KANSpec
+    from kallm_bench.models.spec import needs_calibration
 
-    spec = KANSpec(blocks, basis, degree, hidden, form, constant, seed)
+    size = int(params) if params and params.isdecimal() else params
+    spec = KANSpec(
+        blocks, basis, degree, hidden, form, constant, seed,
+        linear=linear, groups=groups, up=up, start=start, start_steps=start_steps, params=size,
+    )  # fmt: skip
+    text = CalibrationSettings(calibration, tokens=calibration_tokens) if needs_calibration(start) else None
     with console.Display() as display:
-        bench = _bench(results, display, "cpu", "float32", None, seed)
-        record = engine.retrofit(bench, find_ref(checkpoint), spec, out, replace=force)
+        bench = _bench(results, display, device, "float32", None, seed)
+        record = engine.retrofit(bench, find_ref(checkpoint), spec, out, calibration=text, replace=force)
     console.show_records([record], as_json, bench.store.written)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +21,21 @@ from kallm_bench.errors import DataError, KallmError, TrainingError
 from kallm_bench.files import check_writable, write_file
 from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, parameter_count, ref_after
 from kallm_bench.models import (
+    Calibration,
+    CalibrationSettings,
     KANSpec,
     complete_spec,
     load_config,
     load_model,
     load_tokenizer,
+    parameters_of,
     replaced_modules,
+    retrofit_reporting,
     save_checkpoint,
     specs_of,
 )
-from kallm_bench.models import retrofit as retrofit_model
 from kallm_bench.models.sources import cache_folder
+from kallm_bench.models.spec import needs_calibration
 from kallm_bench.profiling import ProfileSettings, flops_per_token, measure_inference, measure_training
 from kallm_bench.records import Metric, ResultsStore, RunRecord
 from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
@@ -41,6 +46,7 @@ from kallm_bench.training import (
     TrainSettings,
     check_scope,
     find_data,
+    heldout_loss,
     parameters_in,
     prepare,
     tokenizer_fingerprint,
@@ -54,32 +60,85 @@ def retrofit(
     spec: KANSpec,
     out: Path | None = None,
     *,
+    calibration: CalibrationSettings | None = None,
     replace: bool = False,
     weights_needed: bool = True,
 ) -> RunRecord:
     """Replaces feed-forwards and saves the checkpoint.
 
     Args:
+        calibration: the text that a start is calibrated on; None for the defaults, where the start needs any.
         out: its folder; None names one after model, basis, blocks and key below `bench.runs`.
         replace: whether another checkpoint that stands there may go.
         weights_needed: whether a record without its weights will not do.
     """
     bench.watch("loading the model", 0, 1)
     spec = complete_spec(load_config(ref.open()), spec)
-    stage = Stage(bench, "retrofit", {"spec": spec.to_json()}, ref)
+    if calibration is None and needs_calibration(spec.start):
+        calibration = CalibrationSettings()
+    described: dict[str, Any] = {"spec": spec.to_json()}
+    if calibration:
+        described |= {"calibration": _describe_calibration(calibration, load_tokenizer(ref.open())), **bench.place}
+    stage = Stage(bench, "retrofit", described, ref)
     stage.folder = out or bench.runs / _checkpoint_name(ref.label, spec, stage.key)
     with stage.claimed(weights_needed) as done:
         if done:
             return done
         replace = stage.may_replace(replace)
         bench.watch("retrofit", 0, 3, "loading")
-        model, tokenizer = load_model(ref.open(), torch.float32)
-        bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks")
-        retrofit_model(model, spec)
+        model, tokenizer = load_model(ref.open(), torch.float32, bench.device if calibration else "cpu")
+        bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks, start '{spec.start}'")
+        found, about = _start(bench, model, tokenizer, spec, calibration)
         bench.watch("retrofit", 2, 3, "saving")
-        save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
+        save_checkpoint(stage.folder, model.cpu(), tokenizer, lineage=stage.lineage(), replace=replace)
         bench.watch("retrofit", 3, 3)
-        return stage.finish(_size_metrics(model), saved=True, model=model)
+        return stage.finish([*_size_metrics(model), *found], saved=True, model=model, data=about)
+
+
+def _start(
+    bench: Bench, model: PreTrainedModel, tokenizer: Any, spec: KANSpec, settings: CalibrationSettings | None
+) -> tuple[list[Metric], dict[str, Any]]:
+    """Retrofits `model`; returns what is known of how it starts, and about the text that took."""
+    if settings is None:
+        _, report = retrofit_reporting(model, spec, watch=bench.watch)
+        error = report.conversion_error
+        return [] if error is None else [Metric("conversion_error", error)], {}
+
+    def packing(done: int, total: int) -> None:
+        bench.watch("packing conversations", done, total)
+
+    learned, kept = prepare(
+        settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing
+    )
+    rows = settings.tokens // settings.row_length
+    judged = min(settings.heldout_tokens // settings.row_length, len(kept))
+    if rows > len(learned):
+        most = len(learned) * settings.row_length
+        raise DataError(
+            f"{settings.data} has {most:,} tokens to calibrate on, not {settings.tokens:,}; take at most those"
+        )
+    batches = learned.batch(range(rows)), kept.batch(range(judged))
+    tokens, positions = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "position_ids"))
+    precision = torch.autocast(bench.device.type, bench.autocast) if bench.autocast else nullcontext()
+    before, count = heldout_loss(model, kept, judged, precision, 4, bench.watch)
+    began = time.perf_counter()
+    _, report = retrofit_reporting(model, spec, Calibration(tokens, positions, judged), bench.watch)
+    seconds = time.perf_counter() - began
+    after, _ = heldout_loss(model, kept, judged, precision, 4, bench.watch)
+    metrics = [
+        Metric("heldout_loss_before", before, n=count),
+        Metric("heldout_loss", after, n=count),
+        Metric("start_seconds", seconds),
+        *(Metric(f"start_r2/{block}", r2, n=judged * settings.row_length) for block, r2 in report.r2.items()),
+    ]
+    data = find_data(settings.data)
+    return metrics, {"source": data.label, "fingerprint": data.fingerprint}
+
+
+def _describe_calibration(settings: CalibrationSettings, tokenizer: Any) -> dict[str, Any]:
+    data, heldout = _data_of(settings)
+    described = dataclasses.asdict(settings) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    return described | {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
 
 
 def train_model(
@@ -201,9 +260,6 @@ def profile(bench: Bench, ref: ModelRef, settings: ProfileSettings, *, again: bo
         return stage.finish(metrics, model=model)
 
 
-STAGES = ("retrofit", "train", "eval-bbh", "profile")
-
-
 def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None) -> list[RunRecord]:
     """Runs what of a cell is not done yet: retrofit, training, questions, profile; returns the record of each.
 
@@ -214,35 +270,54 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     ref = find_ref(cell.model)
     records = []
     begin(_part(cell, "retrofit"))
-    if cell.spec is not None:
-        start, spec = ref, cell.spec
-        records.append(retrofit(bench, start, spec, weights_needed=False))
-        ref = ref_after(records[-1], start, remake=lambda: retrofit(bench, start, spec))
-    begin(_part(cell, "train"))
-    records.append(train_model(bench, ref, cell.train))
-    ref = ref_after(records[-1], ref)
-    begin(_part(cell, "eval-bbh"))
-    records.append(eval_bbh(bench, ref, cell.eval))
-    begin(_part(cell, "profile"))
-    records.append(profile(bench, ref, cell.profile))
+    if (wanted := _spec_of(cell, ref)) is not None:
+        start, spec, text = ref, wanted, _calibration_of(cell)
+        records.append(retrofit(bench, start, spec, calibration=text, weights_needed=False))
+        ref = ref_after(records[-1], start, remake=lambda: retrofit(bench, start, spec, calibration=text))
+    if "train" in cell.stages:
+        begin(_part(cell, "train"))
+        records.append(train_model(bench, ref, cell.train))
+        ref = ref_after(records[-1], ref)
+    if "eval-bbh" in cell.stages:
+        begin(_part(cell, "eval-bbh"))
+        records.append(eval_bbh(bench, ref, cell.eval))
+    if "profile" in cell.stages:
+        begin(_part(cell, "profile"))
+        records.append(profile(bench, ref, cell.profile))
     return records
+
+
+def _spec_of(cell: Cell, ref: ModelRef) -> KANSpec | None:
+    """A cell's spec; with as many parameters as another arm's modules where it says so."""
+    if cell.spec is None or cell.match is None:
+        return cell.spec
+    config = load_config(ref.open())
+    return dataclasses.replace(cell.spec, params=parameters_of(config, complete_spec(config, cell.match)))
+
+
+def _calibration_of(cell: Cell) -> CalibrationSettings | None:
+    return cell.calibration if cell.spec and needs_calibration(cell.spec.start) else None
 
 
 def check_cell(cell: Cell) -> None:
     """Asks of every stage of a cell whether it can be, before the first one runs. Raises what that stage would."""
     ref = find_ref(cell.model)
     config = load_config(ref.open())
-    if cell.spec:
-        complete_spec(config, cell.spec)
+    if spec := _spec_of(cell, ref):
+        complete_spec(config, spec)
+    if text := _calibration_of(cell):
+        _data_of(text)
     replaced = bool(cell.spec or specs_of(config))
-    if cell.train.steps:
+    if cell.train.steps and "train" in cell.stages:
         check_scope(cell.train.scope, replaced=replaced, tail_from=cell.train.tail_from)
-    if cell.profile.scope != "none":
+    if cell.profile.scope != "none" and "profile" in cell.stages:
         check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
     tokenizer_fingerprint(load_tokenizer(ref.open()))
-    _data_of(cell.train)
-    find_protocol(cell.eval.protocol)
-    load_questions(cell.eval.source, cell.eval.tasks, cell.eval.limit, cell.eval.questions_seed)
+    if "train" in cell.stages:
+        _data_of(cell.train)
+    if "eval-bbh" in cell.stages:
+        find_protocol(cell.eval.protocol)
+        load_questions(cell.eval.source, cell.eval.tasks, cell.eval.limit, cell.eval.questions_seed)
 
 
 class Ran(NamedTuple):
@@ -284,7 +359,10 @@ def plan_of(suite: Suite) -> dict[str, float]:
         shape = cell.profile.batch * cell.profile.length * (cell.profile.repeats + 1)
         work = {"retrofit": 1000, "train": 3 * cell.train.tokens + heldout, "eval-bbh": 600 * questions}
         work["profile"] = 10 * shape
-        plan.update({_part(cell, stage): float(work[stage]) for stage in STAGES})
+        if cell.spec and needs_calibration(cell.spec.start):
+            steps = cell.spec.start_steps if {"distill", "sequence"} & set(cell.spec.start.split("+")) else 0
+            work["retrofit"] = 2 * cell.calibration.tokens + 1000 * steps
+        plan.update({_part(cell, stage): float(work[stage]) for stage in cell.stages})
     return plan
 
 
@@ -294,9 +372,9 @@ def describe_cells(suite: Suite) -> list[tuple[str, str, str, str, str]]:
         (
             cell.arm,
             str(cell.seed),
-            f"{cell.spec.basis}, blocks {cell.spec.blocks}" if cell.spec else "nothing replaced",
-            f"{cell.train.tokens:,}",
-            cell.eval.source or "BIG-Bench Hard",
+            f"{cell.spec.basis}, {cell.spec.start}, blocks {cell.spec.blocks}" if cell.spec else "nothing replaced",
+            f"{cell.train.tokens:,}" if "train" in cell.stages else "–",
+            cell.eval.source or "BIG-Bench Hard" if "eval-bbh" in cell.stages else "–",
         )
         for cell in suite.cells
     ]
@@ -328,7 +406,7 @@ def write_report(store: ResultsStore, suite: Suite, testbed: str, records: Seque
     return Report(tables, folder)
 
 
-def _data_of(settings: TrainSettings) -> tuple[DataSource, DataSource | None]:
+def _data_of(settings: TrainSettings | CalibrationSettings) -> tuple[DataSource, DataSource | None]:
     """The training data, and the held-out data where that has a source of its own. DataError where they are one."""
     data, heldout = find_data(settings.data), find_data(settings.heldout) if settings.heldout else None
     if heldout and heldout.fingerprint == data.fingerprint:

@@ -14,22 +14,39 @@ from typing import Any
 
 from kallm_bench.bbh.evaluate import EvalSettings
 from kallm_bench.errors import SuiteError, unknown
-from kallm_bench.models import KANSpec
+from kallm_bench.models import CalibrationSettings, KANSpec
 from kallm_bench.profiling import ProfileSettings
 from kallm_bench.training import TrainSettings
 
-SECTIONS: dict[str, type] = {"train": TrainSettings, "eval": EvalSettings, "profile": ProfileSettings}
+SECTIONS: dict[str, type] = {
+    "calibration": CalibrationSettings,
+    "train": TrainSettings,
+    "eval": EvalSettings,
+    "profile": ProfileSettings,
+}
 """Tables of a suite, and of an arm where it differs, with the settings each one fills."""
+
+
+STAGES = ("retrofit", "train", "eval-bbh", "profile")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm with one seed: everything its stages need. `spec` is None for an arm with nothing replaced."""
+    """One arm with one seed: everything its stages need.
+
+    Args:
+        spec: None for an arm with nothing replaced.
+        match: the spec of the arm that `spec` shall have as many parameters as; None where it stands by itself.
+        stages: which of STAGES are run.
+    """
 
     arm: str
     seed: int
     model: str
     spec: KANSpec | None
+    match: KANSpec | None
+    stages: tuple[str, ...]
+    calibration: CalibrationSettings
     train: TrainSettings
     eval: EvalSettings
     profile: ProfileSettings
@@ -73,8 +90,8 @@ def read_suite(path: Path, only: Iterable[str] = (), seeds: Iterable[int] | None
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: {error}") from error
-    _refuse_unknown(data, {"description", "model", "seeds", "arm", *SECTIONS}, str(path))
-    top: dict[str, Any] = {"description": "", "model": "", "seeds": [0], "arm": [{}]}
+    _refuse_unknown(data, {"description", "model", "seeds", "stages", "arm", *SECTIONS}, str(path))
+    top: dict[str, Any] = {"description": "", "model": "", "seeds": [0], "stages": ["train"], "arm": [{}]}
     for key, like in (top | {section: {} for section in SECTIONS}).items():
         _check_like(data, key, like, str(path))
     arms = data.get("arm", [])
@@ -82,6 +99,9 @@ def read_suite(path: Path, only: Iterable[str] = (), seeds: Iterable[int] | None
         isinstance(arm, dict) and re.fullmatch(r"[\w.+-]+", str(arm.get("name", ""))) for arm in arms
     ):
         raise SuiteError(f"{path}: needs [[arm]] tables, each with a 'name' of letters, digits, '-', '_', '.' and '+'")
+    for stage in data.get("stages", []):
+        if stage not in STAGES:
+            raise SuiteError(f"{path}: {unknown('stage', str(stage), STAGES)}")
     names = [arm["name"] for arm in arms]
     if len(set(names)) < len(names):
         raise SuiteError(f"{path}: two arms have one name; it has {names}")
@@ -104,11 +124,11 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path) -> 
     _refuse_unknown(arm, {"name", *spec_fields, *SECTIONS}, here)
     for name in SECTIONS:
         _check_like(arm, name, {}, here)
-    spec = None
+    spec = match = None
     if "basis" in arm:
-        if "blocks" not in arm:
-            raise SuiteError(f'{here}: has a basis but no blocks; write blocks = "25-29"')
-        spec = KANSpec(seed=seed, **{key: value for key, value in arm.items() if key in spec_fields})
+        spec, match = _spec(arm, seed, suite, here), None
+        if isinstance(arm.get("params"), str) and arm["params"] != "original":
+            match = _matched(arm, seed, suite, here)
     elif extra := spec_fields & set(arm):
         raise SuiteError(f"{here}: has {', '.join(sorted(extra))} but no basis, so nothing would be replaced")
     settings = {
@@ -120,7 +140,32 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path) -> 
         train, seed=seed, data=_beside(path, train.data), heldout=train.heldout and _beside(path, train.heldout)
     )
     settings["eval"] = dataclasses.replace(questions, source=questions.source and _beside(path, questions.source))
-    return Cell(arm["name"], seed, _beside(path, suite.get("model", "bundled")), spec, **settings)
+    text = settings["calibration"]
+    settings["calibration"] = dataclasses.replace(
+        text, data=_beside(path, text.data), heldout=text.heldout and _beside(path, text.heldout)
+    )
+    stages = tuple(suite.get("stages", STAGES))
+    return Cell(arm["name"], seed, _beside(path, suite.get("model", "bundled")), spec, match, stages, **settings)
+
+
+def _spec(arm: dict[str, Any], seed: int, suite: dict[str, Any], here: str) -> KANSpec:
+    if "blocks" not in arm:
+        raise SuiteError(f'{here}: has a basis but no blocks; write blocks = "25-29"')
+    names = {other["name"] for other in suite["arm"]}
+    fields = {entry.name for entry in dataclasses.fields(KANSpec)} - {"seed"}
+    given = {key: value for key, value in arm.items() if key in fields}
+    if given.get("params") in names:
+        del given["params"]
+    return KANSpec(seed=seed, **given)
+
+
+def _matched(arm: dict[str, Any], seed: int, suite: dict[str, Any], here: str) -> KANSpec:
+    """The spec of the arm that this one shall have as many parameters as."""
+    others = {other["name"]: other for other in suite["arm"] if other["name"] != arm["name"]}
+    other = others.get(arm["params"], {})
+    if "basis" not in other or other.get("params") in others:
+        raise SuiteError(f"{here}: params names '{arm['params']}', which is no arm with a size of its own")
+    return _spec(other, seed, suite, here)
 
 
 def _beside(suite: Path, name: str) -> str:

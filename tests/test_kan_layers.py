@@ -19,6 +19,8 @@ from kallm_bench.kan import (
     make_basis,
 )
 from kallm_bench.kan.bases import SQUASHES
+from kallm_bench.kan.feedforward import ACTIVATIONS
+from kallm_bench.kan.layers import make_layer as kan_layer
 
 ALL = sorted(BASES)
 
@@ -128,8 +130,9 @@ def test_the_start_follows_its_generator():
 def test_every_parameter_can_learn(name, constant, form):
     feedforward = KANFeedForward(8, 8, name, form=form, constant=constant)
     feedforward.reset_parameters(torch.Generator().manual_seed(0))
-    if form == "glu" and feedforward.gate_function.coefficients is not None:
-        torch.nn.init.normal_(feedforward.gate_function.coefficients)  # else what they multiply cannot matter yet
+    if form == "glu":  # it starts at zero, where what it multiplies cannot matter yet
+        learned = feedforward.gate_function.coefficients
+        torch.nn.init.normal_(feedforward.gate_function.basis.numerator if learned is None else learned)
     parameters = dict(feedforward.named_parameters())
     gradients = torch.autograd.grad(feedforward(normal(2000, 8)).square().mean(), list(parameters.values()))
     for what, gradient in zip(parameters, gradients, strict=True):
@@ -286,16 +289,26 @@ def swiglu(glu, x):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("up", [False, True])
-def test_a_glu_starts_as_swiglu(name, up):
-    """Exactly, where the learned function is added; to the fit's error, where it stands in the activation's place."""
+def test_a_glu_starts_as_swiglu_exactly(name, up):
     glu, x = KANFeedForward(16, 64, name, form="glu", up=up), normal(100, 16)
     exact = swiglu(glu, x)
-    if BASES[name]().groups is None:
-        assert torch.equal(glu(x), exact)
-        torch.nn.init.normal_(glu.gate_function.coefficients)
-        assert not torch.equal(glu(x), exact)
-    else:
-        torch.testing.assert_close(glu(x), exact, rtol=0, atol=5e-3)
+    assert torch.equal(glu(x), exact)
+    learned = glu.gate_function.coefficients
+    torch.nn.init.normal_(glu.gate_function.basis.numerator if learned is None else learned)
+    assert not torch.equal(glu(x), exact)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if make_basis(name).groups])
+@pytest.mark.parametrize(
+    ("activation", "error"),
+    [("silu", 2e-3), ("gelu", 5e-3), ("gelu-tanh", 5e-3), ("relu", 0.1), ("identity", 1e-5)],
+)
+def test_what_is_learned_for_groups_can_start_as_any_activation(name, activation, error):
+    """The largest error on [-8, 8]."""
+    basis = make_basis(name).bound(8)
+    basis.start_as(activation)
+    x = torch.linspace(-8, 8, 1001)[:, None]
+    assert (basis(x.expand(-1, 8))[:, 0] - ACTIVATIONS[activation](x)).abs().max() <= error
 
 
 def test_a_sequential_mix_is_a_layer_for_each_basis():
@@ -317,16 +330,11 @@ def test_a_parallel_mix_adds_what_its_parts_make_of_their_channels():
 @pytest.mark.parametrize("constant", CONSTANTS)
 @pytest.mark.parametrize("linear", [False, True])
 def test_features_times_matrix_is_the_layer(name, constant, linear):
-    kind = (
-        (lambda *a, **k: ParallelKANLinear(a[0], a[1], name.split("+"), **k))
-        if "+" in name
-        else (lambda *a, **k: KANLinear(a[0], a[1], name, **k))
-    )
-    layer, x = kind(8, 5, constant=constant, linear=linear, scaled=True).double(), normal(20, 8, dtype=torch.float64)
+    channels = 16 if "+" in name else 8
+    layer = kan_layer(channels, 5, name, constant=constant, linear=linear, scaled=True).double()
+    x = normal(20, channels, dtype=torch.float64)
     features = layer.features(x)
     matrix, bias = normal(5, features.shape[-1], dtype=torch.float64, seed=1), normal(5, dtype=torch.float64, seed=2)
-    if constant == "edge" and any(BASES[part].constant for part in name.split("+")):
-        bias = bias  # goes to the edges, see below
     layer.load_matrix(matrix, bias)
     torch.testing.assert_close(layer(x), features @ matrix.T + bias)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kallm_bench.errors import SpecError, unknown
-from kallm_bench.kan.bases.rational import Rational
 from kallm_bench.kan.layers import GroupFunction, KANLinear, ParallelKANLinear, make_layer
 
 FORMS = {
@@ -100,14 +100,85 @@ class KANFeedForward(nn.Module):
         if self.form == "gated":
             product: Tensor = self.gate(x) * self.up(x)
             return product
-        gate: Tensor = self._learned(self.gate_function, self.activation, self.gate_proj(x))
+        gate: Tensor = self.gate_proj(x)
         up: Tensor = self.up_proj(x)
-        return gate * (up if self.up_function is None else self._learned(self.up_function, "identity", up))
+        gate = ACTIVATIONS[self.activation](gate) + self.gate_function(gate)
+        if self.up_function is not None:
+            up = up + self.up_function(up)
+        return gate * up
 
-    def _learned(self, function: GroupFunction, activation: str, z: Tensor) -> Tensor:
-        """A function learned by itself stands in the activation's place, fitted to it; others are added to it."""
-        values: Tensor = function(z)
-        return values if function.coefficients is None else ACTIVATIONS[activation](z) + values
+    def kan_layers(self) -> list[KANLinear]:
+        """Every layer of functions on edges, in the order of the parameters; the parts of a mix one by one."""
+        return [layer for layer in self.modules() if isinstance(layer, KANLinear)]
+
+    def linear_layers(self) -> list[nn.Linear]:
+        """Every plain matrix."""
+        return [layer for layer in self.modules() if isinstance(layer, nn.Linear)]
+
+    def input_layers(self) -> list[KANLinear]:
+        """Those of them that take the module's own input, or a part of it."""
+        if self.form in ("stack", "single"):
+            first = self.layers[0]
+            return [layer for layer in first.modules() if isinstance(layer, KANLinear)]
+        return self.kan_layers()
+
+    def inner_layer(self) -> KANLinear | ParallelKANLinear | None:
+        """The layer of functions before the last one, where there is one and it takes the module's own input."""
+        if self.form == "stack" and len(self.layers) == 2:
+            layer = self.layers[0]
+        elif self.form == "gated":
+            layer = self.gate
+        else:
+            return None
+        assert isinstance(layer, KANLinear | ParallelKANLinear)
+        return layer
+
+    @torch.no_grad()
+    def let_inner_through(self) -> None:
+        """Makes what multiplies the inner layer of "gated" nearly 1: a tenth of what was drawn, and a constant."""
+        if self.form != "gated":
+            return
+        for layer in self.up.modules():
+            if isinstance(layer, KANLinear):
+                scale_layer(layer, 0.1)
+        first = next(layer for layer in self.up.modules() if isinstance(layer, KANLinear))
+        first.add_constant(1.0)
+
+    @property
+    def has_constant(self) -> bool:
+        """Whether the last layer can add a constant."""
+        return self.form != "glu"
+
+    def output_features(self, x: Tensor) -> Tensor:
+        """What the last layer's coefficients multiply: (..., hidden_size) -> (..., F)."""
+        if self.form not in ("stack", "single"):
+            return self.inner(x)
+        *others, last = self.layers
+        for layer in others:
+            x = layer(x)
+        assert isinstance(last, KANLinear | ParallelKANLinear)
+        return last.features(x)
+
+    @torch.no_grad()
+    def load_output(self, matrix: Tensor, bias: Tensor) -> None:
+        """Sets the last layer so that forward(x) is `output_features(x) @ matrix.T + bias`. (O, F) and (O,)."""
+        last = self.last()
+        if isinstance(last, KANLinear | ParallelKANLinear):
+            last.load_matrix(matrix, bias)
+            return
+        last.weight.copy_(matrix)
+        if last.bias is not None:
+            last.bias.copy_(bias)
+
+    @torch.no_grad()
+    def scale_output(self, factor: float) -> None:
+        """Multiplies the last layer's coefficients by a number."""
+        last = self.last()
+        for layer in last.modules():
+            if isinstance(layer, KANLinear):
+                scale_layer(layer, factor)
+            elif isinstance(layer, nn.Linear):
+                layer.weight.mul_(factor)
 
     def last(self) -> KANLinear | ParallelKANLinear | nn.Linear:
         """The layer that gives the output."""
@@ -147,22 +218,30 @@ class KANFeedForward(nn.Module):
         return float(self.inner(x).float().square().mean())
 
     def reset_functions(self) -> None:
-        """The learned functions of a "glu" as they start: the whole computes what SwiGLU does."""
-        functions = {self.gate_function: self.activation, self.up_function: "identity"}
-        for function, like in functions.items():
+        """The learned functions of a "glu" as they start: at zero, so that the whole computes what SwiGLU does."""
+        for function in (self.gate_function, self.up_function):
             if function is not None:
                 function.reset_parameters()
-                if isinstance(function.basis, Rational):
-                    function.basis.start_as(like)
+                if function.coefficients is None:
+                    function.basis.start_at_zero()
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
+    "gelu-tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "identity": lambda x: x,
 }
 """What stands between the matrices of a gated feed-forward, by name."""
+
+
+@torch.no_grad()
+def scale_layer(layer: KANLinear, factor: float) -> None:
+    """Multiplies every coefficient of a layer, the linear path's too, by a number."""
+    layer.coefficients.mul_(factor)
+    if layer.linear is not None:
+        layer.linear.mul_(factor)
 
 
 def _draw(layer: nn.Linear, generator: torch.Generator | None, gain: float) -> None:

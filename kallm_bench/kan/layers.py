@@ -86,9 +86,17 @@ class KANLinear(nn.Module):
         if self.linear is not None:
             self.linear.copy_(matrix[:, functions:])
         if self.bias is not None:
-            self.bias.copy_(bias)
+            self.bias.zero_()
+        self.add_constant(bias)
+
+    @torch.no_grad()
+    def add_constant(self, value: Tensor | float) -> None:
+        """Adds a number, or (O,) numbers, to the output: to the bias, or in equal shares to the edges' constants."""
+        if self.bias is not None:
+            self.bias.add_(value)
         elif self.basis.constant and self.coefficients.shape[1] == self.basis.size:
-            self.coefficients[:, 0] += (bias / (self.in_features * self._constant_value()))[:, None]
+            share = torch.as_tensor(value).to(self.coefficients) / (self.in_features * self._constant_value())
+            self.coefficients[:, 0] += share[..., None]
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None, gain: float = 1.0) -> None:

@@ -1,12 +1,15 @@
 """Which model, where its feed-forward parts are, how one is replaced, saved and loaded."""
 
+from kallm_bench.models.calibration import Calibration, CalibrationSettings
 from kallm_bench.models.checkpoint import load_checkpoint, save_checkpoint
 from kallm_bench.models.modeling import specs_of
-from kallm_bench.models.retrofit import complete_spec, replaced_modules, retrofit
+from kallm_bench.models.retrofit import complete_spec, parameters_of, replaced_modules, retrofit, retrofit_reporting
 from kallm_bench.models.sources import Source, find_model, load_config, load_model, load_tokenizer, read_lineage
 from kallm_bench.models.spec import KANSpec
 
 __all__ = [
+    "Calibration",
+    "CalibrationSettings",
     "KANSpec",
     "Source",
     "complete_spec",
@@ -15,9 +18,11 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "parameters_of",
     "read_lineage",
     "replaced_modules",
     "retrofit",
+    "retrofit_reporting",
     "save_checkpoint",
     "specs_of",
 ]

@@ -4,35 +4,119 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kallm_bench.errors import SpecError
 from kallm_bench.kan import BASES, KANFeedForward
+from kallm_bench.kan.layers import has_degree, read_mix
 from kallm_bench.models.sites import NoFeedForward, find_sites, intermediate_size
 from kallm_bench.models.spec import KANSpec
 
 
-def complete(spec: KANSpec, originals: list[nn.Module], hidden_size: int) -> KANSpec:
+def complete(spec: KANSpec, originals: list[nn.Module], hidden_size: int, before: list[KANSpec]) -> KANSpec:
     """A resolved spec with every default written out, so that it means the same when defaults change.
 
     Args:
         originals: the untouched feed-forward of every block of the model.
+        before: the retrofits that the model has had, in order.
 
     Raises:
-        SpecError: a "stack" without `hidden`, in blocks that differ in their inner width.
+        SpecError: no default for `hidden`, in blocks that differ in their inner width; a number of parameters that no
+            hidden size comes near.
     """
-    degree, hidden = spec.degree, spec.hidden
-    if spec.is_basis and degree is None and "degree" in BASES[spec.family].arguments() and "degree=" not in spec.basis:
+    degree, hidden, kept = spec.degree, spec.hidden, _kept(spec, before)
+    if kept:
+        spec = dataclasses.replace(spec, start="convert", linear=spec.linear or kept.linear, scaled=kept.scaled)
+        hidden = kept.hidden
+    elif spec.start == "auto":
+        spec = dataclasses.replace(spec, start="random")
+    elif spec.is_basis and spec.form != "glu" and set(spec.start.split("+")) & {"lstsq", "distill", "sequence"}:
+        spec = dataclasses.replace(spec, scaled=True)
+    single_family = spec.is_basis and not set(spec.basis) & set("+>")
+    if single_family and degree is None and has_degree(spec.basis) and "degree=" not in spec.basis:
         degree = BASES[spec.family].arguments()["degree"].default
-    if hidden is None and spec.is_basis and spec.form == "stack":
+    spec = dataclasses.replace(spec, degree=degree)
+    if spec.params is not None:
+        return dataclasses.replace(spec, hidden=_hidden_for(spec, originals, hidden_size), params=None)
+    if hidden is None and spec.is_basis and spec.form != "single":
         widths = {intermediate_size(originals[int(block)], hidden_size) for block in spec.blocks}
         if len(widths) > 1:
             raise SpecError(f"the blocks' inner widths differ ({sorted(widths)}); pass hidden")
-        hidden = widths.pop() // 4
-    return dataclasses.replace(spec, degree=degree, hidden=hidden)
+        hidden = widths.pop() // (1 if spec.form == "glu" else 4)
+    return dataclasses.replace(spec, hidden=hidden)
+
+
+def _kept(spec: KANSpec, before: list[KANSpec]) -> KANSpec | None:
+    """The one retrofit that all these blocks hold, where its functions are what `spec` shall start from; else None."""
+    holds = winning_specs(before)
+    held = [holds.get(int(block)) for block in spec.blocks]
+    first = held[0]
+    if spec.start not in ("auto", "convert") or first is None or any(each != first for each in held):
+        if spec.start == "convert":
+            raise SpecError("start 'convert' needs blocks that hold KANs of one retrofit already")
+        return None
+    alike = spec.is_basis and first.is_basis and spec.form == first.form != "glu"
+    same_shape = alike and spec.params is None and spec.hidden in (None, first.hidden)
+    mixed = set(spec.basis + first.basis) & set("+>")
+    if same_shape and not mixed and not _learned(spec) and not _learned(first):
+        return first
+    if spec.start == "convert":
+        raise SpecError(
+            "a basis is changed within one form and hidden size, between single bases without learned parts"
+        )
+    return None
+
+
+def _learned(spec: KANSpec) -> bool:
+    return any(True for _ in BASES[spec.family]().parameters())
+
+
+def count_parameters(spec: KANSpec, originals: list[nn.Module], hidden_size: int) -> int:
+    """How many parameters a spec with `hidden` puts into all of its blocks."""
+    with torch.device("meta"):
+        modules = [make_replacement(originals[int(block)], hidden_size, spec) for block in spec.blocks]
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _hidden_for(spec: KANSpec, originals: list[nn.Module], hidden_size: int) -> int:
+    """The hidden size whose parameter count is nearest to `spec.params`."""
+    wanted = spec.params
+    if wanted == "original":
+        wanted = sum(p.numel() for block in spec.blocks for p in originals[int(block)].parameters())
+    assert isinstance(wanted, int)
+    unit = _unit(spec)
+
+    def count(units: int) -> int:
+        return count_parameters(dataclasses.replace(spec, hidden=units * unit, params=None), originals, hidden_size)
+
+    low, high = 1, 2
+    while count(high) < wanted and high < 2**16:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if count(middle) < wanted else (low, middle)
+    best = min((low, high), key=lambda units: abs(count(units) - wanted))
+    if not 0.5 < count(best) / wanted < 2:
+        raise SpecError(
+            f"no hidden size of '{spec.basis}' comes near {wanted:,} parameters; {count(best):,} is nearest"
+        )
+    return best * unit
+
+
+def _unit(spec: KANSpec) -> int:
+    """What a hidden size must be a multiple of: the groups of a "glu", the parts of a mix, a basis's own groups."""
+    if not spec.is_basis:
+        return 1
+    own = [basis.groups or 1 for part in spec.basis.split(">") for basis in read_mix(part)]
+    if spec.form == "glu":
+        return max(own[0], spec.groups or (own[0] if own[0] > 1 else 8))
+    parts = [len(part.split("+")) for part in spec.basis.split(">")]
+    return math.lcm(*parts, *own) if spec.form == "stack" else 1
 
 
 def make_replacement(original: nn.Module, hidden_size: int, spec: KANSpec) -> nn.Module:
@@ -42,8 +126,26 @@ def make_replacement(original: nn.Module, hidden_size: int, spec: KANSpec) -> nn
     if spec.basis == "linear":
         return _resized(original, hidden_size, spec.hidden)
     return KANFeedForward(
-        hidden_size, spec.hidden or 0, spec.basis, degree=spec.degree, form=spec.form, constant=spec.constant
+        hidden_size,
+        spec.hidden or 0,
+        spec.basis,
+        degree=spec.degree,
+        form=spec.form,
+        constant=spec.constant,
+        linear=spec.linear,
+        scaled=spec.scaled,
+        groups=spec.groups,
+        up=spec.up,
+        activation=_activation(original),
     )
+
+
+def _activation(feedforward: nn.Module) -> str:
+    """The name, among kan's, of the activation in a model's own feed-forward; silu where it has another."""
+    names = " ".join(type(module).__name__.lower() for module in feedforward.children())
+    if "gelu" in names:
+        return "gelu-tanh" if any(kind in names for kind in ("tanh", "new", "fast", "quick")) else "gelu"
+    return "relu" if "relu" in names else "silu"
 
 
 def winning_specs(specs: list[KANSpec]) -> dict[int, KANSpec]:

@@ -92,6 +92,18 @@ def intermediate_size(feedforward: nn.Module, hidden_size: int) -> int:
     return widths.pop()
 
 
+def output_layer(feedforward: nn.Module, hidden_size: int) -> nn.Linear | Conv1D:
+    """The layer that gives a feed-forward's output: the last one as wide as the model.
+
+    Raises:
+        SpecError: there is none.
+    """
+    layers = [layer for layer in _linear_layers(feedforward) if _outputs(layer) == hidden_size]
+    if not layers:
+        raise SpecError(f"{type(feedforward).__name__}: no linear layer gives its output")
+    return layers[-1]
+
+
 def _is_feedforward(module: nn.Module, width: int) -> bool:
     if isinstance(module, KANFeedForward | NoFeedForward):
         return True

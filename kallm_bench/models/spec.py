@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from kallm_bench.errors import SpecError, unknown
-from kallm_bench.kan import BASES, CONSTANTS, FORMS, make_basis
+from kallm_bench.kan import BASES, CONSTANTS, FORMS
+from kallm_bench.kan.layers import has_degree, read_mix
 
 NOT_BASES = {
     "linear": "a fresh copy of the block's own feed-forward: the restart that KANs are compared with",
@@ -15,7 +17,28 @@ NOT_BASES = {
 }
 """What may stand in a basis's place without being one."""
 
+STARTS = {
+    "random": "drawn anew, preserving variance",
+    "lstsq": "the output layer solved in closed form to answer as the replaced module did",
+    "distill": "trained for some steps to answer as the replaced module did",
+    "inherit": "the replaced module's strongest hidden units go on; for glu and linear",
+    "sequence": "distilled for a quarter of the steps on what the replaced blocks feed each other",
+    "convert": "the functions that the blocks hold already, written in the new basis or degree",
+}
+"""The phases of a start."""
+
 VERSION = 1
+
+LATER = {
+    "linear": False,
+    "groups": None,
+    "up": False,
+    "scaled": False,
+    "start": "random",
+    "start_steps": 400,
+    "params": None,
+}
+"""Fields that came later, with what was meant before: written only where they differ, so that older keys hold."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +53,15 @@ class KANSpec:
             intermediate_size in "linear". Not for "single" and "drop", which have no inner width.
         form: a key of kan.FORMS; for bases only.
         constant: "bias" or "edge", see KANLinear; for bases only.
+        linear: whether KAN layers have a path past the basis; not in form "glu".
+        groups: how many learned functions form "glu" has; None for 8.
+        up: whether "glu" has learned functions on its up path too.
+        scaled: whether KAN layers scale each input channel; a start by least squares or distillation turns it on.
+        start: phases of STARTS joined by "+", such as "inherit+distill"; "auto" for "convert" where the blocks already
+            hold KANs of this shape, else "random".
+        start_steps: of distillation.
+        params: sets `hidden` to what comes nearest to so many parameters in all replaced modules: a number, or
+            "original" for as many as are replaced.
         seed: of the random start.
 
     Raises:
@@ -43,13 +75,20 @@ class KANSpec:
     form: str = "stack"
     constant: str = "bias"
     seed: int = 0
+    linear: bool = False
+    groups: int | None = None
+    up: bool = False
+    scaled: bool = False
+    start: str = "auto"
+    start_steps: int = 400
+    params: int | str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("degree", "hidden", "seed"):
+        for name in ("degree", "hidden", "seed", "groups", "start_steps"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise SpecError(f"{name} must be a whole number, got {value!r}")
-        for name in ("basis", "form", "constant"):
+        for name in ("basis", "form", "constant", "start"):
             if not isinstance(getattr(self, name), str):
                 raise SpecError(f"{name} must be text, got {getattr(self, name)!r}")
         if not isinstance(self.blocks, str | tuple):
@@ -60,10 +99,8 @@ class KANSpec:
             if self.basis == "drop" and self.hidden is not None:
                 raise SpecError("'drop' has no hidden size; leave it out")
         else:
-            if self.family not in BASES:
-                raise SpecError(unknown("basis", self.family, [*BASES, *NOT_BASES]))
-            make_basis(self.basis, degree=self.degree)
-            if self.form == "single" and self.hidden is not None:
+            self._check_basis()
+            if self.form == "single" and (self.hidden is not None or self.params is not None):
                 raise SpecError("form 'single' is one layer and has no hidden size; leave it out, or take form 'stack'")
         if self.form not in FORMS:
             raise SpecError(unknown("form", self.form, FORMS))
@@ -71,10 +108,47 @@ class KANSpec:
             raise SpecError(unknown("treatment of the constant", self.constant, CONSTANTS))
         if not self.is_basis and (self.form, self.constant) != ("stack", "bias"):
             raise SpecError(f"'{self.basis}' is no KAN: leave form and constant out")
+        self._check_options()
         if not 0 <= self.seed < 2**32:
             raise SpecError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.hidden is not None and self.hidden < 1:
             raise SpecError(f"hidden must be at least 1, got {self.hidden}")
+
+    def _check_basis(self) -> None:
+        names = re.split("[+>]", self.basis)
+        for name in names:
+            if (family := name.partition(":")[0]) not in BASES:
+                raise SpecError(unknown("basis", family, [*BASES, *NOT_BASES]))
+        for part in self.basis.split(">"):
+            read_mix(part, self.degree if len(names) == 1 or any(map(has_degree, part.split("+"))) else None)
+        if self.degree is not None and not any(map(has_degree, names)):
+            raise SpecError(f"'{self.basis}' has no degree; leave it out")
+
+    def _check_options(self) -> None:
+        for name in ("linear", "up", "scaled"):
+            if not isinstance(getattr(self, name), bool):
+                raise SpecError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        glu = self.is_basis and self.form == "glu"
+        if not glu and (self.groups is not None or self.up):
+            raise SpecError("groups and up are for form 'glu'; leave them out")
+        if (glu or not self.is_basis) and (self.linear or self.scaled):
+            raise SpecError("linear and scaled are for KAN layers, which form 'glu' and controls have none of")
+        if self.start != "auto":
+            for phase in self.start.split("+"):
+                if phase not in STARTS:
+                    raise SpecError(unknown("start", phase, ["auto", *STARTS]))
+            if "convert" in self.start and self.start != "convert":
+                raise SpecError("start 'convert' stands alone")
+        if self.start_steps < 1:
+            raise SpecError(f"start_steps must be at least 1, got {self.start_steps}")
+        if self.groups is not None and self.groups < 1:
+            raise SpecError(f"groups must be at least 1, got {self.groups}")
+        if self.params is not None:
+            if self.hidden is not None or self.basis == "drop":
+                raise SpecError("params chooses the hidden size: give one of the two, and not for 'drop'")
+            number = isinstance(self.params, int) and not isinstance(self.params, bool)
+            if not (number and self.params > 0) and self.params != "original":  # type: ignore[operator]
+                raise SpecError(f"params should be a number above 0 or 'original', got {self.params!r}")
 
     @property
     def is_basis(self) -> bool:
@@ -95,7 +169,8 @@ class KANSpec:
 
     def to_json(self) -> dict[str, Any]:
         blocks = self.blocks if isinstance(self.blocks, str) else list(self.blocks)
-        return {"version": VERSION, **dataclasses.asdict(self), "blocks": blocks}
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in LATER or v != LATER[k]}
+        return {"version": VERSION, **fields, "blocks": blocks}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> KANSpec:
@@ -110,7 +185,13 @@ class KANSpec:
         if not {"blocks", "basis"} <= set(data) <= names:
             raise SpecError(f"a retrofit has the fields {sorted(names)}, this one has {sorted(data)}")
         blocks = data.pop("blocks")
+        data = LATER | data
         return cls(blocks=blocks if isinstance(blocks, str) else tuple(blocks), **data)
+
+
+def needs_calibration(start: str) -> bool:
+    """Whether some phase of a start looks at what the replaced modules do."""
+    return bool(set(start.split("+")) - {"auto", "random", "convert"})
 
 
 def read_blocks(text: str, block_count: int) -> tuple[int, ...]:

@@ -1,13 +1,84 @@
-"""Where the new parameters start."""
+"""Where the new parameters start: at random, or from what the replaced modules knew."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from kallm_bench.errors import SpecError
 from kallm_bench.kan import KANFeedForward
-from kallm_bench.models.sites import LINEAR
+from kallm_bench.models.calibration import Activations, Calibration, explained
+from kallm_bench.models.convert import convert_module
+from kallm_bench.models.distill import distill
+from kallm_bench.models.inherit import inherit
+from kallm_bench.models.least_squares import OutputLayer, solve_outputs
+from kallm_bench.models.sites import LINEAR, Site
+from kallm_bench.models.spec import KANSpec, needs_calibration
+from kallm_bench.progress import Watch, nobody
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """How well the replacements stand in for what they replace.
+
+    Args:
+        r2: block number -> R² on held-out calibration rows; empty without calibration.
+        conversion_error: largest miss of a change of basis, relative to each function's largest value; else None.
+    """
+
+    r2: Mapping[int, float] = field(default_factory=dict)
+    conversion_error: float | None = None
+
+
+def start(
+    model: PreTrainedModel,
+    sites: list[Site],
+    replacements: Mapping[int, nn.Module],
+    spec: KANSpec,
+    deviation: float,
+    calibration: Calibration | None = None,
+    watch: Watch = nobody,
+) -> StartReport:
+    """Gives every replacement its values, phase after phase of `spec.start`.
+
+    Args:
+        model: with the old modules still in place; not changed.
+        replacements: block number -> the new module; changed in place.
+        deviation: standard deviation of linear weights drawn at random, the model's own `initializer_range`.
+        calibration: needed by all phases but "random" and "convert"; with it, a random start has the output variance of
+            what it replaces.
+
+    Raises:
+        SpecError: a start that needs calibration and has none; and as the phases do.
+    """
+    phases = spec.start.split("+")
+    if calibration is None and needs_calibration(spec.start):
+        raise SpecError(f"start '{spec.start}' needs calibration data; pass --calibration, or take --start random")
+    for block, module in replacements.items():
+        start_randomly(module, spec.seed, block, deviation)
+    module_at = {site.block: site.module for site in sites}
+    if phases == ["convert"]:
+        return StartReport(conversion_error=max(convert_module(module_at[b], new) for b, new in replacements.items()))
+    if calibration is None or not any(True for module in replacements.values() for _ in module.parameters()):
+        return StartReport()
+    activations = Activations(model, [site for site in sites if site.block in replacements], calibration)
+    for phase in phases:
+        if phase == "random":
+            _match_variance(replacements, activations)
+        elif phase == "lstsq":
+            solve_outputs(replacements, activations, watch)
+        elif phase == "inherit":
+            if any(inherit(replacements, activations).values()):
+                solve_outputs(replacements, activations, watch)  # what was left behind is made up for
+        elif phase == "distill":
+            distill(replacements, activations, spec.start_steps, watch)
+        else:
+            distill(replacements, activations, max(1, spec.start_steps // 4), watch, in_sequence=True)
+    return StartReport(explained(replacements, activations))
 
 
 @torch.no_grad()
@@ -34,3 +105,12 @@ def start_randomly(module: nn.Module, seed: int, block: int, deviation: float) -
                 layer.bias.zero_()
         elif any(True for _ in layer.parameters(recurse=False)):
             raise SpecError(f"cannot restart {type(module).__name__}: no start is known for its {type(layer).__name__}")
+
+
+@torch.no_grad()
+def _match_variance(modules: Mapping[int, nn.Module], activations: Activations) -> None:
+    """Scales each output layer so that the output's variance is that of the replaced module, over one batch of rows."""
+    for block, (x, y) in next(activations.parts("fit")).seen.items():
+        output = OutputLayer(modules[block], activations.width)
+        predicted = modules[block](x.to(next(modules[block].parameters()).dtype))
+        output.scale((y.double().var() / predicted.double().var()).sqrt())

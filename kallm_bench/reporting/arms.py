@@ -135,11 +135,21 @@ def _described(spec: dict[str, Any]) -> str:
         return f"no feed-forward in {blocks}"
     if spec["basis"] == "linear":
         hidden = f"hidden {spec['hidden']}" if spec["hidden"] else "full width"
-        return f"linear restart, {hidden}, {blocks}"
+        kind = "linear restart" if spec.get("start", "random") == "random" else "linear"
+        return f"{kind}, {hidden}, {blocks}{_started(spec)}"
     degree = f" degree {spec['degree']}" if spec["degree"] is not None else ""
     hidden = f", hidden {spec['hidden']}" if spec["hidden"] else ""
-    per_edge = ", constant per edge" if spec["constant"] == "edge" else ""
-    return f"{spec['basis']}{degree}, {spec['form']}{hidden}{per_edge}, {blocks}"
+    extras = ", constant per edge" if spec["constant"] == "edge" else ""
+    extras += ", linear path" if spec.get("linear") else ""
+    extras += f", {spec['groups']} groups" if spec.get("groups") else ""
+    extras += ", up path too" if spec.get("up") else ""
+    return f"{spec['basis']}{degree}, {spec['form']}{hidden}{extras}, {blocks}{_started(spec)}"
+
+
+def _started(spec: dict[str, Any]) -> str:
+    start = spec.get("start", "random")
+    steps = f" {spec.get('start_steps', 400)} steps" if "distill" in start or "sequence" in start else ""
+    return "" if start == "random" else f", start {start}{steps}"
 
 
 def _ranges(numbers: Iterable[int]) -> str:

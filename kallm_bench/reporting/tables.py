@@ -52,22 +52,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One suite on one testbed. `metrics` are the columns, in order, each with its heading in `headings`."""
+    """One suite on one testbed: its arms, or how they started.
+
+    Args:
+        kind: "arms" or "starts".
+        metrics, headings: the columns, in order.
+    """
 
     suite: str
     testbed: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     metrics: tuple[str, ...]
+    headings: tuple[str, ...]
+    kind: str = "arms"
 
     @property
     def title(self) -> str:
-        return f"{self.suite} on {self.testbed}"
-
-    @property
-    def headings(self) -> tuple[str, ...]:
-        names = {metric: heading for _, metric, heading in STAGE_COLUMNS}
-        return tuple(names[metric] for metric in self.metrics)
+        return f"{self.suite} on {self.testbed}" + (": right after the retrofit" if self.kind == "starts" else "")
 
 
 def build_tables(
@@ -82,7 +84,9 @@ def build_tables(
     for record in known.values():
         if suite in (None, record.suite) and testbed in (None, record.testbed) and stands(record):
             groups[record.testbed, record.suite].append(record)
-    tables = [_table(store, name, where, records, known) for (where, name), records in sorted(groups.items())]
+    tables = []
+    for (where, name), records in sorted(groups.items()):
+        tables += [_table(store, name, where, records, known), _starts(name, where, records)]
     return [table for table in tables if table.rows]
 
 
@@ -95,8 +99,42 @@ def _table(
     marks = {figure.mark for row in rows for figure in row.figures.values()}
     below = notes(suite, store.describe(testbed), arms, marks)
     used = {metric for row in rows for metric in row.figures}
-    metrics = tuple(metric for _, metric, _ in STAGE_COLUMNS if metric in used)
-    return Table(suite, testbed, tuple(rows), tuple(below), metrics)
+    columns = [(metric, heading) for _, metric, heading in STAGE_COLUMNS if metric in used]
+    return Table(suite, testbed, tuple(rows), tuple(below), *_unzipped(columns))
+
+
+def _starts(suite: str, testbed: str, records: Sequence[RunRecord]) -> Table:
+    """What each calibrated retrofit knew before any training: the newest of each arm and seed, seeds together."""
+    newest = {(r.arm, r.seed): r for r in records if r.stage == "retrofit" and r.value("start_seconds") is not None}
+    arms: dict[str, list[RunRecord]] = defaultdict(list)
+    for (name, _), record in sorted(newest.items(), key=lambda pair: pair[1].started):
+        arms[name].append(record)
+    columns = [
+        ("replaced_parameters", "new parameters"),
+        ("heldout_loss", "held-out loss"),
+        ("start_seconds", "seconds"),
+    ]
+    found = {metric.name for each in arms.values() for record in each for metric in record.metrics}
+    blocks = sorted((name for name in found if name.startswith("start_r2/")), key=lambda name: int(name.split("/")[1]))
+    columns[1:1] = [(name, f"R² block {name.split('/')[1]}") for name in blocks]
+    rows = []
+    for name, of_arm in arms.items():
+        figures = {}
+        for metric, _ in columns:
+            if values := [value for record in of_arm if (value := record.value(metric)) is not None]:
+                figures[metric] = Figure(statistics.fmean(values), mean_interval(values))
+        rows.append(Row(name, what_it_is(Arm(name, {"retrofit": of_arm})), len(of_arm), figures))
+    before = {f"{value:.3f}" for each in arms.values() for r in each if (value := r.value("heldout_loss_before"))}
+    sources = {str(record.data.get("source")) for each in arms.values() for record in each}
+    below = [
+        f"Before the retrofit the held-out loss was {' and '.join(sorted(before))}; nothing here was trained.",
+        f"Calibrated on {', '.join(sorted(sources))}. R²: of the replaced block's output, on held-out rows.",
+    ]
+    return Table(suite, testbed, tuple(rows), tuple(below), *_unzipped(columns), kind="starts")
+
+
+def _unzipped(columns: Sequence[tuple[str, str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(metric for metric, _ in columns), tuple(heading for _, heading in columns)
 
 
 def _row(store: ResultsStore, arm: Arm) -> Row:

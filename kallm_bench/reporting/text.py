@@ -28,6 +28,7 @@ _FORMS: dict[str, Callable[[float], str]] = {
     "tokens/s": "{:,.0f}".format,
     "FLOP/token": lambda value: f"{value / 1e6:,.1f} MFLOP",
     "s": lambda value: f"{value:.2f} s",
+    "fraction of variance": "{:.3f}".format,
 }
 
 
@@ -57,18 +58,19 @@ def to_markdown(tables: Sequence[Table]) -> str:
 def to_csv(tables: Sequence[Table]) -> str:
     """All rows of all tables as plain numbers: value, low and high of each metric, with its unit in the heading."""
     metrics = [metric for _, metric, _ in STAGE_COLUMNS]
+    metrics += sorted({metric for table in tables for metric in table.metrics} - set(metrics))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     headings = [f"{metric} ({kind_of(metric).unit})" for metric in metrics]
     ends = [(heading, f"{heading} low", f"{heading} high") for heading in headings]
-    writer.writerow(["suite", "testbed", "arm", "what", "seeds", *itertools.chain.from_iterable(ends)])
+    writer.writerow(["suite", "testbed", "table", "arm", "what", "seeds", *itertools.chain.from_iterable(ends)])
     for table in tables:
         for row in table.rows:
             cells: list[float | str] = []
             for metric in metrics:
                 figure = row.figures.get(metric)
                 cells += [figure.value, *(figure.interval or ("", ""))] if figure else ["", "", ""]
-            writer.writerow([table.suite, table.testbed, row.name, row.what, row.seeds or "", *cells])
+            writer.writerow([table.suite, table.testbed, table.kind, row.name, row.what, row.seeds or "", *cells])
     return buffer.getvalue()
 
 

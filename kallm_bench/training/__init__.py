@@ -1,7 +1,7 @@
 """Training: conversations to packed rows, what learns, the loss, the loop."""
 
 from kallm_bench.training.data import DataSource, Rows, find_data, prepare, tokenizer_fingerprint
-from kallm_bench.training.loop import TrainResult, TrainSettings, train
+from kallm_bench.training.loop import TrainResult, TrainSettings, heldout_loss, train
 from kallm_bench.training.scope import SCOPES, apply_scope, check_scope, parameters_in
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "apply_scope",
     "check_scope",
     "find_data",
+    "heldout_loss",
     "parameters_in",
     "prepare",
     "tokenizer_fingerprint",

@@ -142,14 +142,14 @@ def train(
     if not keeps_documents_apart(model, rows.batch([0], device)["input_ids"][:, :16]):
         raise TrainingError(f"{type(model).__name__} lets documents packed into one row see each other")
     if not steps:
-        loss, count = _heldout_loss(model, heldout, settings, precision, batch_rows, watch)
+        loss, count = heldout_loss(model, heldout, settings.heldout_rows, precision, batch_rows, watch)
         return TrainResult((), loss, _finite(loss), count, 0)
     learning = apply_scope(model, settings.scope, settings.tail_from)
     order = np.random.default_rng(settings.seed).permutation(len(rows))
     state = _State(model, learning, settings, state_folder)
     state.load(watch)
     if state.heldout_before is None:
-        state.heldout_before = _heldout_loss(model, heldout, settings, precision, batch_rows, watch)[0]
+        state.heldout_before = heldout_loss(model, heldout, settings.heldout_rows, precision, batch_rows, watch)[0]
 
     model.train()
     last_save = time.monotonic()
@@ -180,7 +180,7 @@ def train(
                 raise Interrupted(stop.number, f"training stands at step {state.step} of {steps}")
     state.save()  # what follows may be stopped too
     model.eval()
-    after, tokens = _heldout_loss(model, heldout, settings, precision, batch_rows, watch)
+    after, tokens = heldout_loss(model, heldout, settings.heldout_rows, precision, batch_rows, watch)
     count = sum(parameter.numel() for parameter in learning)
     return TrainResult(tuple(state.losses), state.heldout_before, _finite(after), tokens, count)
 
@@ -302,16 +302,20 @@ def _step(
 
 
 @torch.no_grad()
-def _heldout_loss(
+def heldout_loss(
     model: PreTrainedModel,
     heldout: Rows,
-    settings: TrainSettings,
+    most: int,
     precision: AbstractContextManager[None],
     batch_rows: int,
-    watch: Watch,
+    watch: Watch = nobody,
 ) -> tuple[float, int]:
-    """Mean loss over the held-out rows, and over how many tokens."""
-    numbers = np.arange(min(settings.heldout_rows, len(heldout)))
+    """Mean loss over the first `most` held-out rows, and over how many tokens.
+
+    Raises:
+        TrainingError: none of those tokens bears loss.
+    """
+    numbers = np.arange(min(most, len(heldout)))
     total, count = 0.0, 0
     for done, batch in enumerate(_batches(heldout, numbers, batch_rows, model.device), 1):
         with precision:

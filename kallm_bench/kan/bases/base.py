@@ -80,6 +80,10 @@ class Basis(nn.Module):
     def reset_parameters(self) -> None:
         """Gives the learned parameters, where a family has some, the values they start from."""
 
+    def start_at_zero(self) -> None:
+        """Makes the function of a family that is learned for groups, see `groups`, 0 everywhere, and able to learn."""
+        raise NotImplementedError(f"{type(self).__name__} must define start_at_zero")  # for such families alone
+
     @classmethod
     def arguments(cls) -> dict[str, inspect.Parameter]:
         """The arguments a user may set, by name."""

@@ -72,6 +72,10 @@ class Rational(Basis, name="rational"):
         self.start_as("silu")
 
     @torch.no_grad()
+    def start_at_zero(self) -> None:
+        self.numerator.zero_()  # the denominator stays that of the fit: were it zero too, neither could learn
+
+    @torch.no_grad()
     def start_as(self, activation: str) -> None:
         """Starts every group from the best fit to an activation, a key of ACTIVATIONS."""
         above, below, _ = fitted(type(self).name, activation, *self.degrees)
@@ -111,6 +115,7 @@ def _polynomial(x: Tensor, coefficients: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu": lambda x: torch.nn.functional.gelu(torch.from_numpy(x)).numpy(),
+    "gelu-tanh": lambda x: torch.nn.functional.gelu(torch.from_numpy(x), approximate="tanh").numpy(),
     "relu": lambda x: np.maximum(x, 0.0),
     "identity": lambda x: x,
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kallm_bench.kan.bases.base import Basis, whole
 
-NORMALISING = 2 / (math.sqrt(3) * math.pi**0.25)
+NORMALISING: float = 2 / (math.sqrt(3) * math.pi**0.25)
 REACH = 12.0
 """Arguments beyond it are cut off there: every wavelet is below 1e-28, and its square still fits float16."""
 
