@@ -79,6 +79,7 @@ def retrofit(
         str, typer.Option(help="Text that a start is calibrated on: as --data of `kallm train`.")
     ] = "bundled",
     calibration_tokens: Annotated[int, typer.Option(min=1024, help="How much of it.")] = 20_480,
+    calibration_row: Annotated[int, typer.Option(min=16, help="Tokens in a row of it.")] = 512,
     seed: Seed = 0,
     out: Out = None,
     force: Force = False,
@@ -101,7 +102,9 @@ def retrofit(
         blocks, basis, degree, hidden, form, constant, seed,
         linear=linear, groups=groups, up=up, start=start, start_steps=start_steps, params=size,
     )  # fmt: skip
-    text = CalibrationSettings(calibration, tokens=calibration_tokens) if needs_calibration(start) else None
+    text = None
+    if needs_calibration(start):
+        text = CalibrationSettings(calibration, tokens=calibration_tokens, row_length=calibration_row)
     with console.Display() as display:
         bench = _bench(results, display, device, "float32", None, seed)
         record = engine.retrofit(bench, find_ref(checkpoint), spec, out, calibration=text, replace=force)
@@ -309,8 +312,62 @@ def show_report(
 
 
 @app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    top: Annotated[int, typer.Option(min=1, max=50, help="Most curved functions of each layer to draw.")] = 3,
+    fmt: Annotated[str, typer.Option("--format", help="Of the drawing: png, svg.")] = "png",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for curves.csv and the drawing; below runs/ if left out.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at what a KAN learned: energy by basis function, curved and linear edges, the functions themselves.
+
+    kallm inspect runs/... --top 5
+    """
+    import csv
+    import dataclasses
+    import io
+
+    from kallm_bench.errors import SpecError, unknown
+    from kallm_bench.files import write_file
+    from kallm_bench.filing import find_ref
+    from kallm_bench.models import load_model
+    from kallm_bench.models.inspect import curves_as_rows, inspect_model
+    from kallm_bench.plots import FORMATS, draw_curves
+
+    if fmt not in FORMATS:
+        raise SpecError(unknown("format", fmt, FORMATS))
+    ref = find_ref(checkpoint)
+    facts, curves = inspect_model(load_model(ref.open())[0], top)
+    folder = out or Path("runs") / f"{ref.label}-inspect"
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(curves_as_rows(curves))
+    write_file(folder / "curves.csv", text.getvalue().encode())
+    write_file(folder / f"curves.{fmt}", draw_curves(curves, fmt))
+    if as_json:
+        console.show_json([dataclasses.asdict(each) for each in facts])
+        return
+    console.show_rows(
+        ("block", "layer", "energy by function", "edges", "linear within 1 %", "median curvature"),
+        [
+            (
+                str(each.block),
+                each.layer,
+                " ".join(f"{100 * share:.0f}%" for share in each.energy),
+                f"{each.edges:,}",
+                f"{each.linear_edges:,}",
+                f"{each.curvature:.3f}",
+            )
+            for each in facts
+        ],
+    )
+    console.say(f"Written: {folder}/curves.csv, curves.{fmt}")
+
+
+@app.command()
 def bases(as_json: Json = False) -> None:
-    """List the bases: arguments, domain, and what one 576 -> 384 layer costs."""
+    """List the bases: arguments, domain, what one 576 -> 384 layer costs, and their first functions, drawn."""
     from kallm_bench.kan.catalogue import catalogue
 
     rows = catalogue()
@@ -318,8 +375,19 @@ def bases(as_json: Json = False) -> None:
         console.show_json([entry._asdict() for entry in rows])
     else:
         console.show_rows(
-            ("basis", "arguments", "squash", "functions", "parameters, 576 -> 384", "what"),
-            [(e.name, e.arguments, e.squash, str(e.functions), f"{e.parameters:,}", e.what) for e in rows],
+            ("basis", "arguments", "squash, domain", "functions", "parameters", "MFLOP", "drawn"),
+            [
+                (
+                    e.name,
+                    e.arguments,
+                    f"{e.squash}, {e.domain}",
+                    str(e.functions),
+                    f"{e.parameters:,}",
+                    f"{e.flops / 1e6:.2f}",
+                    e.drawing,
+                )
+                for e in rows
+            ],
         )
 
 

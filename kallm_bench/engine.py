@@ -53,6 +53,9 @@ from kallm_bench.training import (
     train,
 )
 
+START_VERSION = 2
+"""Raised when a change of code changes what a calibrated start finds. 2: distilling begins at the right variance."""
+
 
 def retrofit(
     bench: Bench,
@@ -137,7 +140,7 @@ def _start(
 
 def _describe_calibration(settings: CalibrationSettings, tokenizer: Any) -> dict[str, Any]:
     data, heldout = _data_of(settings)
-    described = dataclasses.asdict(settings) | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    described = dataclasses.asdict(settings) | {"tokenizer": tokenizer_fingerprint(tokenizer), "version": START_VERSION}
     return described | {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kallm_bench import cli
-from kallm_bench.models import save_checkpoint
+from kallm_bench.models import load_model, save_checkpoint
 from kallm_bench.records import ResultsStore
 
 Run = Callable[..., tuple[int, str, str]]
@@ -269,6 +270,74 @@ def test_a_suite_with_an_arm_that_can_never_be_is_refused_before_any_work(
     assert says in err
     assert err.count("\n") == 1
     assert records(home) == []
+
+
+STARTS = """
+model = "base"
+stages = ["retrofit"]
+[calibration]
+data = "./chat.jsonl"
+tokens = 1536
+heldout_tokens = 128
+row_length = 64
+[[arm]]
+name = "inherit"
+basis = "linear"
+blocks = "2-3"
+hidden = 32
+start = "inherit"
+[[arm]]
+name = "kan"
+basis = "cheby2"
+blocks = "2-3"
+params = "inherit"
+start = "lstsq"
+"""
+
+
+def test_a_suite_of_starts_ends_in_a_table_of_how_they_stand_in(home: Path, kallm: Run) -> None:
+    (home / "starts.toml").write_text(STARTS)
+    code, out, err = kallm("run", "starts.toml")
+    assert code == 0, err
+    assert "R² block 3" in out
+    inherit, kan = records(home)
+    assert {"heldout_loss_before", "heldout_loss", "start_seconds", "start_r2/2", "start_r2/3"} <= {
+        metric.name for metric in kan.metrics
+    }
+    assert kan.value("replaced_parameters") == pytest.approx(inherit.value("replaced_parameters"), rel=0.05)
+    assert kan.data["source"] == "chat.jsonl"
+    lines = list(csv.reader((next((home / "results").glob("local-*")) / "starts" / "report.csv").open()))
+    assert [line[2:4] for line in lines[1:]] == [["starts", "inherit"], ["starts", "kan"]]
+    assert kallm("run", "starts.toml")[0] == 0
+    assert len(records(home)) == 2
+
+
+def test_a_saved_checkpoint_changes_its_basis_and_is_inspected(home: Path, kallm: Run) -> None:
+    assert kallm("retrofit", "base", "--blocks", "2-3", "--basis", "cheby2", "--degree", "2", "--out", "kan")[0] == 0
+    code, out, err = kallm("retrofit", "kan", "--blocks", "2-3", "--basis", "legendre", "--degree", "4", "--out", "new")
+    assert code == 0, err
+    assert "conversion_error" in out
+    tokens = torch.arange(20)[None]
+    old, new = (load_model(name)[0](input_ids=tokens).logits for name in ("kan", "new"))
+    torch.testing.assert_close(old, new, rtol=0, atol=1e-5)
+    code, out, err = kallm("inspect", "new", "--format", "svg")
+    assert code == 0, err
+    assert "layers.1" in out
+    assert (home / "runs" / "new-inspect" / "curves.svg").read_text().lstrip().startswith("<?xml")
+    assert (home / "runs" / "new-inspect" / "curves.csv").read_text().startswith("block,layer,target,source,curved,u,")
+    code, _, err = kallm("inspect", "base")
+    assert (code, err) == (1, "error: this model holds no KAN; there is nothing to inspect\n")
+
+
+def test_a_start_on_the_command_line(home: Path, kallm: Run) -> None:
+    words = ("retrofit", "base", "--blocks", "3", "--calibration", "chat.jsonl", "--calibration-tokens", "1536",
+             "--calibration-row", "64")  # fmt: skip
+    code, out, err = kallm(*words, "--basis", "rational:groups=4", "--form", "glu", "--start", "inherit")
+    assert code == 0, err
+    assert "start_r2/3" not in out  # a table of its own, a line a block
+    assert "start_r2" in out
+    code, _, err = kallm(*words, "--start", "lstsq+distill", "--start-steps", "3", "--params", "original")
+    assert code == 0, err
 
 
 def test_the_report_of_a_run_is_of_what_the_suite_says_now(home: Path, kallm: Run) -> None:
@@ -524,7 +593,9 @@ def test_fetching_bbh_is_all_or_nothing(tmp_path: Path, shared_data: Path) -> No
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("command", ["", "retrofit", "train", "eval-bbh", "profile", "run", "report", "generate"])
+@pytest.mark.parametrize(
+    "command", ["", "retrofit", "train", "eval-bbh", "profile", "run", "report", "generate", "inspect"]
+)
 def test_every_help_teaches(kallm: Run, command: str) -> None:
     code, out, _ = kallm(*filter(None, [command]), "--help")
     assert code == 0

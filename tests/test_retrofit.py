@@ -388,9 +388,9 @@ def test_a_linear_restart_narrowed_and_widened_again(tiny_llama):
 
 def test_default_widths(tiny_llama):
     model = tiny_llama(vocab_size=97)
-    assert retrofit(model, KANSpec((0,), "cheby2")) == KANSpec((0,), "cheby2", degree=2, hidden=16)
-    assert retrofit(model, KANSpec((1,), "linear")) == KANSpec((1,), "linear")
-    assert retrofit(model, KANSpec((2,), "drop")) == KANSpec((2,), "drop")
+    assert retrofit(model, KANSpec((0,), "cheby2")) == KANSpec((0,), "cheby2", degree=2, hidden=16, start="random")
+    assert retrofit(model, KANSpec((1,), "linear")) == KANSpec((1,), "linear", start="random")
+    assert retrofit(model, KANSpec((2,), "drop")) == KANSpec((2,), "drop", start="random")
     assert retrofit(model, KANSpec((3,), "legendre", form="single")).hidden is None
     # of the original, not of what stands there now
     retrofit(model, KANSpec((0,), "linear"))

@@ -220,6 +220,7 @@ class GroupFunction(nn.Module):
         if family.groups is not None and groups not in (None, family.groups):
             raise SpecError(f"'{family.name}' has its own groups; write {family.name}:groups={groups}")
         groups = family.groups or (8 if groups is None else groups)
+        self.features, self.groups = features, groups
         if groups < 1 or features % groups:
             raise SpecError(f"{features} channels are not divisible by {groups} groups")
         self.basis = family.bound(features)

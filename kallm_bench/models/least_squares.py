@@ -191,6 +191,8 @@ def _solve(
     layers: Mapping[int, Solvable], activations: Activations, watch: Watch
 ) -> dict[int, tuple[Equations, Tensor]]:
     """The equations of each layer's features for what its block answers, and their solution at the best ridge."""
+    if not layers:
+        return {}
     fitted, decided = _sum_up(layers, activations, "fit", watch), _sum_up(layers, activations, "decide")
     for block in layers:
         unknowns = len(fitted[block].squares)

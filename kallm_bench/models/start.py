@@ -66,17 +66,17 @@ def start(
     if calibration is None or not any(True for module in replacements.values() for _ in module.parameters()):
         return StartReport()
     activations = Activations(model, [site for site in sites if site.block in replacements], calibration)
+    if phases[0] in ("random", "distill", "sequence"):  # the others do not begin from what was drawn
+        _match_variance(replacements, activations)
     for phase in phases:
-        if phase == "random":
-            _match_variance(replacements, activations)
-        elif phase == "lstsq":
+        if phase == "lstsq":
             solve_outputs(replacements, activations, watch)
         elif phase == "inherit":
             if any(inherit(replacements, activations).values()):
                 solve_outputs(replacements, activations, watch)  # what was left behind is made up for
         elif phase == "distill":
             distill(replacements, activations, spec.start_steps, watch)
-        else:
+        elif phase == "sequence":
             distill(replacements, activations, max(1, spec.start_steps // 4), watch, in_sequence=True)
     return StartReport(explained(replacements, activations))
 

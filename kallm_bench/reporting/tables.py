@@ -94,6 +94,8 @@ def _table(
     store: ResultsStore, suite: str, testbed: str, records: Sequence[RunRecord], known: Mapping[str, RunRecord]
 ) -> Table:
     arms = [arm for name in dict.fromkeys(record.arm for record in records) for arm in variants(name, records, known)]
+    if not arms:
+        return Table(suite, testbed, (), (), (), ())
     rows = [_row(store, arm) for arm in arms]
     rows += _chance_rows(arms)
     marks = {figure.mark for row in rows for figure in row.figures.values()}
