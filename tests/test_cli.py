@@ -306,7 +306,8 @@ def test_a_suite_of_starts_ends_in_a_table_of_how_they_stand_in(home: Path, kall
     }
     assert kan.value("replaced_parameters") == pytest.approx(inherit.value("replaced_parameters"), rel=0.05)
     assert kan.data["source"] == "chat.jsonl"
-    lines = list(csv.reader((next((home / "results").glob("local-*")) / "starts" / "report.csv").open()))
+    written = next((home / "results").glob("local-*")) / "starts" / "report.csv"
+    lines = list(csv.reader(written.read_text().splitlines()))
     assert [line[2:4] for line in lines[1:]] == [["starts", "inherit"], ["starts", "kan"]]
     assert kallm("run", "starts.toml")[0] == 0
     assert len(records(home)) == 2

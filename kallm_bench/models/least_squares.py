@@ -108,13 +108,19 @@ class InnerLayer:
         self.layer.load_matrix(solution[:-1].T, solution[-1])
 
     def load_directions(self, equations: Equations, solution: Tensor) -> None:
-        """Hands on the strongest directions of what `solution` answers, each at mean square 1."""
+        """Hands on the strongest directions of what `solution` answers, each at mean square 1.
+
+        A layer with more outputs than there are directions hands on mixtures of them beside, the same each time.
+        """
         moments = solution.T @ equations.squares @ solution / equations.squares[-1, -1]  # (O, O), weighted
         sizes, directions = torch.linalg.eigh(moments)
-        kept = self.layer.out_features
-        if kept > len(sizes):  # wider than the output: what is left over keeps its random start
-            raise SpecError(f"least squares gives {len(sizes)} directions, fewer than hidden = {kept}")
-        self.load(solution @ (directions[:, -kept:] / sizes[-kept:].clamp_min(1e-12 * float(sizes[-1])).sqrt()))
+        whitening = directions.flip(1) / sizes.flip(0).clamp_min(1e-12 * float(sizes[-1])).sqrt()  # strongest first
+        beside = self.layer.out_features - len(sizes)
+        if beside > 0:
+            generator = torch.Generator().manual_seed(0)
+            mixture = torch.randn(len(sizes), beside, generator=generator, dtype=torch.float64) / len(sizes) ** 0.5
+            whitening = torch.cat([whitening, whitening @ mixture.to(whitening)], dim=1)
+        self.load(solution @ whitening[:, : self.layer.out_features])
 
 
 class OutputLayer:
