@@ -367,7 +367,7 @@ def test_a_report_goes_where_it_is_sent(home: Path, kallm: Run) -> None:
     code, _, err = kallm("profile", "base", "--batch", "1", "--length", "32", "--repeats", "2")
     assert code == 0, err
     assert kallm("report", "--out", "r.csv")[0] == 0
-    assert (home / "r.csv").read_text().startswith("suite,testbed,arm")
+    assert (home / "r.csv").read_text().startswith("suite,testbed,table,arm")
     assert kallm("report", "--out", "r.txt")[0] == 0
     assert (home / "r.txt").read_text().startswith("## manual")
     code, _, err = kallm("report", "--out", "base")

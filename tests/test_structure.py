@@ -35,6 +35,7 @@ ORDER = [
     "fetch",
     "generate",
     "doctor",
+    "plots",
     "console",
     "cli",
 ]
