@@ -538,7 +538,9 @@ def _nothing_to_report(store: ResultsStore, suite: str | None, testbed: str | No
     ):
         if wanted and wanted not in known:
             return unknown(f"records of {what}", wanted, known)
-    return f"no records of suite '{suite}' on testbed '{testbed}'"
+    if suite is None and testbed is None:
+        return f"the records in {store.folder} are of checkpoints made, and none of what they can. Try: kallm profile"
+    return f"nothing to compare in the records of suite '{suite or 'any'}' on testbed '{testbed or 'any'}'"
 
 
 def main() -> NoReturn:

@@ -154,7 +154,7 @@ def _spec(arm: dict[str, Any], seed: int, suite: dict[str, Any], here: str) -> K
     names = {other["name"] for other in suite["arm"]}
     fields = {entry.name for entry in dataclasses.fields(KANSpec)} - {"seed"}
     given = {key: value for key, value in arm.items() if key in fields}
-    if given.get("params") in names:
+    if (wanted := given.get("params")) != "original" and isinstance(wanted, str) and wanted in names:
         del given["params"]
     return KANSpec(seed=seed, **given)
 
@@ -163,7 +163,7 @@ def _matched(arm: dict[str, Any], seed: int, suite: dict[str, Any], here: str) -
     """The spec of the arm that this one shall have as many parameters as."""
     others = {other["name"]: other for other in suite["arm"] if other["name"] != arm["name"]}
     other = others.get(arm["params"], {})
-    if "basis" not in other or other.get("params") in others:
+    if "basis" not in other or (other.get("params", "original") != "original" and not isinstance(other["params"], int)):
         raise SuiteError(f"{here}: params names '{arm['params']}', which is no arm with a size of its own")
     return _spec(other, seed, suite, here)
 

@@ -177,6 +177,8 @@ def test_arguments_in_the_name():
         ("Legendre", "Did you mean 'legendre'?"),
         ("zzzz", "cheby1, cheby2, cheby3, cheby4"),
         ("gegenbauer:lam=0", "lam = 0 makes all but the constant vanish"),
+        ("gegenbauer:lam=1e-200", "makes all but the constant vanish"),
+        ("charlier:a=1e-320", "numerically safe limit is 0"),
         ("jacobi:a=-1", "a must be a number above -1"),
         ("hermite:degree=9", "safe limit is 8"),
         ("krawtchouk:n=3,degree=4", "safe limit is 3"),

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from kallm_bench.errors import SpecError
 from kallm_bench.kan import BASES, FORMS, KANLinear, make_basis
+from kallm_bench.kan.bases import SQUASHES
 from kallm_bench.models import Calibration, KANSpec, complete_spec, replaced_modules, retrofit, retrofit_reporting
 from kallm_bench.models import calibration as calibration_room
 from kallm_bench.models.calibration import Activations
@@ -228,6 +230,8 @@ def test_params_choose_the_nearest_width(tiny_llama: Any, basis: str, form: str,
         ({"basis": "fourier:frequencies=40", "form": "single", "start": "lstsq", "needs": True}, "take at least"),
         ({"basis": "cheby2", "start": "lstq"}, "Did you mean 'lstsq'?"),
         ({"basis": "cheby2", "start": "convert+distill"}, "stands alone"),
+        ({"basis": "cheby2", "start": "lstsq+random"}, "can only come first"),
+        ({"basis": "cheby2", "start": "sequence+distill"}, "sequence only last"),
         ({"basis": "cheby2", "up": True}, "for form 'glu'"),
         ({"basis": "cheby2", "form": "glu", "linear": True}, "form 'glu' and controls have none"),
         ({"basis": "cheby2", "params": "lots"}, "a number above 0 or 'original'"),
@@ -242,6 +246,80 @@ def test_starts_that_cannot_be(tiny_llama: Any, text: Calibration, spec: dict[st
         retrofit(model, KANSpec("2", **spec), given)
     assert "\n" not in str(refused.value)
     assert not replaced_modules(model)
+
+
+def test_dropout_is_off_while_a_start_is_sought_and_back_on_after(text: Calibration) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=4, n_positions=64)).train()
+    _, report = retrofit_reporting(model, KANSpec("last:2", "linear", start="inherit"), text)
+    assert all(r2 == pytest.approx(1.0, abs=1e-6) for r2 in report.r2.values())
+    assert model.training
+    assert all(module.training for module in replaced_modules(model).values())
+
+
+@pytest.mark.parametrize("start", ["lstsq", "inherit", "distill+sequence"])
+def test_a_model_in_half_precision_gets_modules_of_its_dtype(tiny_llama: Any, text: Calibration, start: str) -> None:
+    model = tiny_llama(**WORDS, dtype=torch.bfloat16)
+    basis, form = ("rational", "glu") if start == "inherit" else ("cheby2", "stack")
+    _, report = retrofit_reporting(model, KANSpec("1-2", basis, form=form, start=start, start_steps=20), text)
+    assert min(report.r2.values()) > -0.1  # twenty steps of bfloat16 rounding: no more than that it ran
+    assert {p.dtype for module in replaced_modules(model).values() for p in module.parameters()} == {torch.bfloat16}
+    assert logits(model, text.tokens[:1]).isfinite().all()
+
+
+@pytest.mark.parametrize("basis", ["cheby2+rbf", "bspline+cheby2"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_mix_in_a_gated_form_is_solved(tiny_llama: Any, text: Calibration, basis: str, linear: bool) -> None:
+    model = tiny_llama(**WORDS)
+    spec = KANSpec("2", basis, form="gated", hidden=16, linear=linear, start="lstsq")
+    assert retrofit_reporting(model, spec, text)[1].r2[2] > 0.1
+
+
+def test_what_a_block_without_an_answer_can_start_from(tiny_llama: Any, text: Calibration) -> None:
+    model = tiny_llama(**WORDS)
+    retrofit(model, KANSpec("2", "drop"))
+    for start in ("lstsq", "distill"):
+        with pytest.raises(SpecError, match="answers nothing"):
+            retrofit(model, KANSpec("2", "linear", hidden=16, start=start), text)
+    retrofit(model, KANSpec("2", "cheby2", start="random"))
+    with pytest.raises(SpecError, match="holds a KAN"):
+        retrofit(model, KANSpec("2", "linear", hidden=16, start="inherit"), text)
+
+
+@pytest.mark.parametrize("name", ["dog", "rbf", "cheby2", "rational"])
+def test_channels_of_a_group_share_one_function_and_inspection_shows_it(tiny_llama: Any, name: str) -> None:
+    model = tiny_llama(**WORDS)
+    retrofit(model, KANSpec("2", name, form="glu", hidden=16))
+    module = model.model.layers[2].mlp
+    function = module.gate_function
+    generator = torch.Generator().manual_seed(0)
+    for parameter in function.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    z = torch.linspace(-2, 2, 41)[:, None]
+    with torch.no_grad():
+        values = function.of_squashed(
+            SQUASHES[function.basis.squash](z).expand(-1, 16) if name != "rbf" else z.expand(-1, 16)
+        )
+    groups = values.reshape(41, 8, 2)
+    torch.testing.assert_close(groups[..., 0], groups[..., 1])
+    assert not torch.allclose(groups[:, 0], groups[:, 1])
+    (facts,), curves = inspect_model(model, top=8)
+    assert facts.edges == 8
+    curve = next(each for each in curves if each.source == 3)
+    true = torch.nn.functional.silu(z[:, 0]) + groups[:, 3, 0]
+    shown = torch.from_numpy(np.interp(z[:, 0].numpy(), curve.u, curve.values)).float()
+    assert (shown - true).abs().mean() < 0.1 * true.abs().mean()
+
+
+def test_a_far_change_of_basis_must_be_asked_for(tiny_llama: Any) -> None:
+    model = tiny_llama(**WORDS)
+    retrofit(model, KANSpec("2", "fourier"))
+    with pytest.raises(SpecError, match="take --start convert"):
+        retrofit(model, KANSpec("2", "rbf"))
+    spec, report = retrofit_reporting(model, KANSpec("2", "rbf", start="convert", seed=7))
+    assert spec.seed == 0
+    assert report.conversion_error is not None
+    assert report.conversion_error > 0.1
 
 
 def test_inspection_tells_lines_from_curves(tiny_llama: Any) -> None:

@@ -41,6 +41,9 @@ def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) 
     assert [cell.seed for cell in read_suite(path, only=["kan"], seeds=[7]).cells] == [7]
 
 
+KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -65,6 +68,13 @@ def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) 
         ('[[arm]]\nname = "a"\ntrain = 3\n', "train should be like"),
         ('model = 5\n[[arm]]\nname = "a"\n', "model should be like"),
         ('[[arm]]\nname = "a"\ntrain.seed = 5\n', "no key 'seed'"),
+        (
+            '[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = "1"\nparams = "b"\n[[arm]]\nname = "b"\nbasis = "rbf"\nblocks = "1"\nparams = "a"\n',
+            "no arm with a size of its own",
+        ),
+        ('[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = "1"\nparams = ["b"]\n', "params should be a number"),
+        ('[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = "1"\nparams = "b"\n', "params should be a number above 0"),
+        ('stages = ["retrofitt"]\n[[arm]]\nname = "a"\n', "Did you mean 'retrofit'"),
         ('seeds = []\n[[arm]]\nname = "a"\n', "at least one"),
         ('seeds = [1, 1]\n[[arm]]\nname = "a"\n', "stands twice"),
         ('[[arm]]\nname = "a"\nblocks = "1"\n', "has blocks but no basis"),

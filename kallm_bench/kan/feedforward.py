@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kallm_bench.errors import SpecError, unknown
+from kallm_bench.kan.bases import make_basis
 from kallm_bench.kan.layers import GroupFunction, KANLinear, ParallelKANLinear, make_layer
 
 FORMS = {
@@ -79,11 +81,11 @@ class KANFeedForward(nn.Module):
         else:
             if "+" in basis:
                 raise SpecError(f"'{basis}' is a parallel mix, which form 'glu' has no place for")
-            name = basis if degree is None else f"{basis}{',' if ':' in basis else ':'}degree={degree}"
+            function = make_basis(basis, degree=degree)
             self.gate_proj, self.up_proj = (nn.Linear(hidden_size, hidden, bias=False) for _ in range(2))
             self.down_proj = nn.Linear(hidden, hidden_size, bias=False)
-            self.gate_function = GroupFunction(hidden, name, groups)
-            self.up_function = GroupFunction(hidden, name, groups) if up else None
+            self.gate_function = GroupFunction(hidden, function, groups)
+            self.up_function = GroupFunction(hidden, copy.deepcopy(function), groups) if up else None
         self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:

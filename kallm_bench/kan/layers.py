@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kallm_bench.errors import SpecError, unknown
 from kallm_bench.kan.bases import BASES, SQUASHES, Basis, make_basis
+from kallm_bench.kan.bases.base import read_arguments
 from kallm_bench.kan.ops import expand, kan_linear
 
 CONSTANTS = ("bias", "edge")
@@ -223,14 +224,23 @@ class GroupFunction(nn.Module):
         self.features, self.groups = features, groups
         if groups < 1 or features % groups:
             raise SpecError(f"{features} channels are not divisible by {groups} groups")
-        self.basis = family.bound(features)
+        self.shared = family.groups is None and any(True for _ in family.parameters())
+        self.basis = family.bound(groups if self.shared else features)
         self.coefficients = nn.Parameter(torch.zeros(groups, family.size)) if family.groups is None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        values: Tensor = self.basis(SQUASHES[self.basis.squash](x))  # (..., K, features)
+        return self.of_squashed(SQUASHES[self.basis.squash](x))
+
+    def of_squashed(self, x: Tensor) -> Tensor:
+        """The functions of what the squash gives, (..., features) -> the same."""
+        if self.shared:  # what the basis learns is a group's too: channels of a group side by side, groups last
+            own = self.basis(x.reshape(*x.shape[:-1], self.groups, -1).transpose(-1, -2))  # (..., n, K, G)
+            values: Tensor = own.movedim(-3, -1).flatten(-2)  # (..., K, G·n)
+        else:
+            values = self.basis(x)  # (..., K, features)
         if self.coefficients is None:
             return values.squeeze(-2)
-        weights = self.coefficients.repeat_interleave(x.shape[-1] // len(self.coefficients), dim=0)  # (features, K)
+        weights = self.coefficients.repeat_interleave(self.features // self.groups, dim=0)  # (features, K)
         return (values * weights.T.to(values.dtype)).sum(dim=-2)
 
     @torch.no_grad()
@@ -317,7 +327,7 @@ def read_mix(text: str, degree: int | None = None) -> list[Basis]:
     if degree is not None and not any(with_degree):
         raise SpecError(f"no family of '{text}' has a degree; leave it out")
     return [
-        make_basis(name, degree=degree if has and "degree=" not in name else None)
+        make_basis(name, degree=degree if has and not names_degree(name) else None)
         for name, has in zip(names, with_degree, strict=True)
     ]
 
@@ -326,6 +336,12 @@ def has_degree(name: str) -> bool:
     """Whether the family that a basis's name begins with takes a degree. False for an unknown one."""
     family = name.partition(":")[0]
     return family in BASES and "degree" in BASES[family].arguments()
+
+
+def names_degree(name: str) -> bool:
+    """Whether a basis's name gives the degree itself, as "cheby2:degree=3" does."""
+    family, _, text = name.partition(":")
+    return "degree" in read_arguments(family, text)
 
 
 @torch.no_grad()
@@ -359,6 +375,6 @@ def _nearest_to_identity(basis: Basis) -> Tensor:
 def _mean_square_of(function: GroupFunction, features: int) -> float:
     """E[f(z)²] over all groups for z ~ N(0, 1)."""
     with torch.device("cpu"):
-        own = copy.deepcopy(function).cpu().double()
+        own = copy.deepcopy(function).double().cpu()
         places = (torch.arange(201)[:, None] * 20 + torch.arange(features) * 997) % 4001
         return float(own(_quantiles()[places, 0]).square().mean())  # (201, features), each channel in another order

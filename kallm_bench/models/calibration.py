@@ -134,7 +134,7 @@ class Activations:
             for start in range(rows.start, rows.stop, at_once):
                 tokens, positions = self._rows(start, min(start + at_once, rows.stop))
                 for site in self.sites:
-                    site.replace(modules[site.block])
+                    site.replace(_InDtypeOf(modules[site.block]))
                 try:
                     seen = answers(self.model, self.sites, tokens, positions)
                 finally:
@@ -157,6 +157,11 @@ class Activations:
         tokens, positions = self._rows(start, stop)
         part = Part(answers(self.model, self.sites, tokens, positions), stop - start)
         for block, (_, y) in part.seen.items():
+            if not y.any():
+                raise SpecError(
+                    f"block {block} holds a feed-forward that answers nothing, so there is nothing to start from; "
+                    "take --start random"
+                )
             self.typical.setdefault(block, y.double().square().sum(-1).median().clamp_min(1e-30))
         size = sum(tensor.nbytes for pair in part.seen.values() for tensor in pair)
         if size <= self._room:
@@ -167,6 +172,18 @@ class Activations:
     def _rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         rows = self.calibration
         return rows.tokens[start:stop].to(self.model.device), rows.positions[start:stop].to(self.model.device)
+
+
+class _InDtypeOf(nn.Module):
+    """A module in the middle of a model of another dtype: takes and gives the model's, computes in its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.module(x.to(next(self.module.parameters()).dtype))
+        return y.to(x.dtype)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -223,5 +240,5 @@ def explained(modules: Mapping[int, nn.Module], activations: Activations) -> dic
     scores = {block: Explained() for block in modules}
     for part in activations.parts("judge"):
         for block, (x, y) in part.seen.items():
-            scores[block].add(y, modules[block](x))
+            scores[block].add(y, modules[block](x.to(next(modules[block].parameters()).dtype)))
     return {block: score.value for block, score in scores.items()}

@@ -12,7 +12,7 @@ from kallm_bench.errors import SpecError
 from kallm_bench.kan import KANFeedForward
 from kallm_bench.models.calibration import Activations
 from kallm_bench.models.least_squares import OutputLayer
-from kallm_bench.models.sites import LINEAR, intermediate_size, output_layer
+from kallm_bench.models.sites import LINEAR, activation_of, intermediate_size, output_layer
 
 
 @torch.no_grad()
@@ -27,6 +27,9 @@ def inherit(modules: Mapping[int, nn.Module], activations: Activations) -> dict[
     Raises:
         SpecError: a form without the original's linear layers, or more units than the original has.
     """
+    for block in modules:
+        if isinstance(activations.module(block), KANFeedForward):
+            raise SpecError(f"block {block} holds a KAN; units are inherited from a model's own feed-forward alone")
     left = {}
     for block, strength in _strengths(activations).items():
         module, original = modules[block], activations.module(block)
@@ -66,6 +69,8 @@ def _hidden_of(module: nn.Module, width: int) -> int:
 
 
 def _into_glu(original: nn.Module, module: KANFeedForward, kept: Tensor, block: int) -> None:
+    if activation_of(original) is None:
+        raise SpecError(f"block {block}: its activation is none that form 'glu' knows, so it cannot be inherited")
     layers = {name: layer for name, layer in original.named_modules() if isinstance(layer, nn.Linear)}
     gates = [name for name in layers if "gate" in name]
     downs = [name for name in layers if layers[name].out_features == module.down_proj.out_features and "down" in name]

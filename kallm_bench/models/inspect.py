@@ -121,11 +121,12 @@ class _Table:
     def _of_groups(cls, layer: GroupFunction, module: nn.Module, u: Tensor) -> _Table:
         """The whole function of each group, the activation that it is added to included: (1, 1, G)."""
         features = layer.features
-        x = u[:, None].expand(-1, features)
+        z = u if layer.basis.squash == "norm" else SQUASHES[layer.basis.squash](u)
         gate = isinstance(module, KANFeedForward) and layer is module.gate_function
         activation = ACTIVATIONS[module.activation if gate and isinstance(module, KANFeedForward) else "identity"]
         own = _on_cpu(layer)
-        whole = activation(x) + own(x)
+        assert isinstance(own, GroupFunction)
+        whole = activation(u[:, None]) + own.of_squashed(z[:, None].expand(-1, features))
         first_of_each = whole[:, :: features // layer.groups]  # (P, G)
         return cls(u, first_of_each[:, None], torch.ones(1, 1, layer.groups, dtype=torch.float64))
 

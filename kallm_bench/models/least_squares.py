@@ -276,9 +276,8 @@ def _set_scale(layers: list[KANLinear], scale: float, squares: Tensor) -> None:
     start = 0
     for layer in layers:
         assert layer.scale is not None
-        part = roots if len(roots) == layer.in_features else roots[start : start + layer.in_features]
-        layer.scale.copy_(scale / part)
-        start += layer.in_features
+        layer.scale.copy_(scale / roots[start : start + layer.in_features])
+        start = (start + layer.in_features) % len(roots)  # the parts of a mix share the channels; paths begin again
 
 
 @contextmanager

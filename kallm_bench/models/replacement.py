@@ -12,14 +12,18 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import BASES, KANFeedForward
-from kallm_bench.kan.layers import has_degree, read_mix
-from kallm_bench.models.sites import NoFeedForward, find_sites, intermediate_size
+from kallm_bench.kan import BASES, KANFeedForward, make_basis
+from kallm_bench.kan.layers import has_degree, names_degree, read_mix
+from kallm_bench.models.convert import conversion
+from kallm_bench.models.sites import NoFeedForward, activation_of, find_sites, intermediate_size
 from kallm_bench.models.spec import KANSpec
+
+FAR = 0.1
+"""A change of basis that misses by more is made only where it is asked for."""
 
 
 def complete(spec: KANSpec, originals: list[nn.Module], hidden_size: int, before: list[KANSpec]) -> KANSpec:
-    """A resolved spec with every default written out, so that it means the same when defaults change.
+    """A resolved spec with start, degree, sizes and groups written out; a basis's other arguments keep their defaults.
 
     Args:
         originals: the untouched feed-forward of every block of the model.
@@ -31,16 +35,20 @@ def complete(spec: KANSpec, originals: list[nn.Module], hidden_size: int, before
     """
     degree, hidden, kept = spec.degree, spec.hidden, _kept(spec, before)
     if kept:
-        spec = dataclasses.replace(spec, start="convert", linear=spec.linear or kept.linear, scaled=kept.scaled)
+        linear = spec.linear or kept.linear
+        spec = dataclasses.replace(spec, start="convert", linear=linear, scaled=kept.scaled, seed=0)  # nothing is drawn
         hidden = kept.hidden
     elif spec.start == "auto":
         spec = dataclasses.replace(spec, start="random")
     elif spec.is_basis and spec.form != "glu" and set(spec.start.split("+")) & {"lstsq", "distill", "sequence"}:
         spec = dataclasses.replace(spec, scaled=True)
     single_family = spec.is_basis and not set(spec.basis) & set("+>")
-    if single_family and degree is None and has_degree(spec.basis) and "degree=" not in spec.basis:
+    if single_family and degree is None and has_degree(spec.basis) and not names_degree(spec.basis):
         degree = BASES[spec.family].arguments()["degree"].default
-    spec = dataclasses.replace(spec, degree=degree)
+    groups = spec.groups
+    if spec.is_basis and spec.form == "glu" and groups is None and not make_basis(spec.basis).groups:
+        groups = 8
+    spec = dataclasses.replace(spec, degree=degree, groups=groups)
     if spec.params is not None:
         return dataclasses.replace(spec, hidden=_hidden_for(spec, originals, hidden_size), params=None)
     if hidden is None and spec.is_basis and spec.form != "single":
@@ -48,6 +56,10 @@ def complete(spec: KANSpec, originals: list[nn.Module], hidden_size: int, before
         if len(widths) > 1:
             raise SpecError(f"the blocks' inner widths differ ({sorted(widths)}); pass hidden")
         hidden = widths.pop() // (1 if spec.form == "glu" else 4)
+    inherits = "inherit" in spec.start.split("+") and hidden is not None
+    least = min(intermediate_size(originals[int(block)], hidden_size) for block in spec.blocks) if inherits else hidden
+    if hidden is not None and least is not None and hidden > least:
+        raise SpecError(f"{hidden} hidden units cannot be inherited from {least}; take fewer")
     return dataclasses.replace(spec, hidden=hidden)
 
 
@@ -64,12 +76,23 @@ def _kept(spec: KANSpec, before: list[KANSpec]) -> KANSpec | None:
     same_shape = alike and spec.params is None and spec.hidden in (None, first.hidden)
     mixed = set(spec.basis + first.basis) & set("+>")
     if same_shape and not mixed and not _learned(spec) and not _learned(first):
+        _check_near(first, spec)
         return first
     if spec.start == "convert":
         raise SpecError(
             "a basis is changed within one form and hidden size, between single bases without learned parts"
         )
     return None
+
+
+def _check_near(old: KANSpec, new: KANSpec) -> None:
+    """Refuses a change of basis that nobody asked for by name and that would lose what was learned."""
+    error = conversion(make_basis(old.basis, degree=old.degree), make_basis(new.basis, degree=new.degree)).error
+    if new.start == "auto" and error > FAR:
+        raise SpecError(
+            f"these blocks hold '{old.basis}', whose functions '{new.basis}' misses by up to {error:.0%}; take "
+            "--start convert to change them all the same, --start random to begin anew, or more functions"
+        )
 
 
 def _learned(spec: KANSpec) -> bool:
@@ -136,16 +159,8 @@ def make_replacement(original: nn.Module, hidden_size: int, spec: KANSpec) -> nn
         scaled=spec.scaled,
         groups=spec.groups,
         up=spec.up,
-        activation=_activation(original),
+        activation=activation_of(original) or "silu",
     )
-
-
-def _activation(feedforward: nn.Module) -> str:
-    """The name, among kan's, of the activation in a model's own feed-forward; silu where it has another."""
-    names = " ".join(type(module).__name__.lower() for module in feedforward.children())
-    if "gelu" in names:
-        return "gelu-tanh" if any(kind in names for kind in ("tanh", "new", "fast", "quick")) else "gelu"
-    return "relu" if "relu" in names else "silu"
 
 
 def winning_specs(specs: list[KANSpec]) -> dict[int, KANSpec]:

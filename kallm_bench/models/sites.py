@@ -92,6 +92,22 @@ def intermediate_size(feedforward: nn.Module, hidden_size: int) -> int:
     return widths.pop()
 
 
+KNOWN_ACTIVATIONS = {
+    "silu": "silu", "siluactivation": "silu", "swish": "silu",
+    "gelu": "gelu", "geluactivation": "gelu",
+    "newgeluactivation": "gelu-tanh", "gelutanh": "gelu-tanh", "pytorchgelutanh": "gelu-tanh",
+    "fastgeluactivation": "gelu-tanh",
+    "relu": "relu", "reluactivation": "relu",
+}  # fmt: skip
+"""Classes of activations, in small letters, and their names in kan.feedforward.ACTIVATIONS."""
+
+
+def activation_of(feedforward: nn.Module) -> str | None:
+    """The name of the activation in a model's own feed-forward; None where it is none that kan knows."""
+    found = (KNOWN_ACTIVATIONS.get(type(child).__name__.lower()) for child in feedforward.children())
+    return next((name for name in found if name), None)
+
+
 def output_layer(feedforward: nn.Module, hidden_size: int) -> nn.Linear | Conv1D:
     """The layer that gives a feed-forward's output: the last one as wide as the model.
 

@@ -137,8 +137,7 @@ class KANSpec:
             for phase in self.start.split("+"):
                 if phase not in STARTS:
                     raise SpecError(unknown("start", phase, ["auto", *STARTS]))
-            if "convert" in self.start and self.start != "convert":
-                raise SpecError("start 'convert' stands alone")
+            self._check_phases(self.start.split("+"))
         if self.start_steps < 1:
             raise SpecError(f"start_steps must be at least 1, got {self.start_steps}")
         if self.groups is not None and self.groups < 1:
@@ -149,6 +148,17 @@ class KANSpec:
             number = isinstance(self.params, int) and not isinstance(self.params, bool)
             if not (number and self.params > 0) and self.params != "original":  # type: ignore[operator]
                 raise SpecError(f"params should be a number above 0 or 'original', got {self.params!r}")
+
+    def _check_phases(self, phases: list[str]) -> None:
+        if "convert" in phases and len(phases) > 1:
+            raise SpecError("start 'convert' stands alone")
+        late = [phase for phase in phases[1:] if phase in ("random", "lstsq", "inherit")]
+        if late or "sequence" in phases[:-1] or len(set(phases)) < len(phases):
+            raise SpecError(
+                f"start '{self.start}': random, lstsq and inherit can only come first, sequence only last, each once"
+            )
+        if "inherit" in phases and self.is_basis and self.form != "glu":
+            raise SpecError(f"form '{self.form}' has no linear layers to inherit; take form 'glu', or another start")
 
     @property
     def is_basis(self) -> bool:

@@ -59,13 +59,25 @@ def start(
     if calibration is None and needs_calibration(spec.start):
         raise SpecError(f"start '{spec.start}' needs calibration data; pass --calibration, or take --start random")
     for block, module in replacements.items():
-        start_randomly(module, spec.seed, block, deviation)
-    module_at = {site.block: site.module for site in sites}
+        start_randomly(module.eval(), spec.seed, block, deviation)
+    chosen = [site for site in sites if site.block in replacements]
+    module_at = {site.block: site.module for site in chosen}
     if phases == ["convert"]:
         return StartReport(conversion_error=max(convert_module(module_at[b], new) for b, new in replacements.items()))
     if calibration is None or not any(True for module in replacements.values() for _ in module.parameters()):
         return StartReport()
-    activations = Activations(model, [site for site in sites if site.block in replacements], calibration)
+    training = model.training
+    try:
+        model.eval()  # what is replaced must answer the same each time
+        return _calibrated(Activations(model, chosen, calibration), replacements, spec, watch)
+    finally:
+        model.train(training)
+
+
+def _calibrated(
+    activations: Activations, replacements: Mapping[int, nn.Module], spec: KANSpec, watch: Watch
+) -> StartReport:
+    phases = spec.start.split("+")
     if phases[0] in ("random", "distill", "sequence"):  # the others do not begin from what was drawn
         _match_variance(replacements, activations)
     for phase in phases:

@@ -119,7 +119,7 @@ def make_basis(name: str, **arguments: Any) -> Basis:
         raise SpecError(unknown("basis", family, BASES))
     known = BASES[family].arguments()
     arguments = {key: value for key, value in arguments.items() if value is not None}
-    for key, value in _read_arguments(family, text).items():
+    for key, value in read_arguments(family, text).items():
         if arguments.get(key, value) != value:
             raise SpecError(f"{family}: {key} is given twice, as {value} and as {arguments[key]}")
         arguments[key] = value
@@ -130,7 +130,7 @@ def make_basis(name: str, **arguments: Any) -> Basis:
     return BASES[family](**arguments)
 
 
-def _read_arguments(family: str, text: str) -> dict[str, float]:
+def read_arguments(family: str, text: str) -> dict[str, float]:
     """{"a": 1, "b": 0.5} from "a=1,b=0.5"."""
     arguments: dict[str, float] = {}
     for part in filter(None, text.split(",")):

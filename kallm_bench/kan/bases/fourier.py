@@ -33,6 +33,7 @@ class Fourier(Basis, name="fourier"):
         self.size = 2 * whole(self.name, "frequencies", frequencies, 1, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        numbers = torch.arange(1, self.size // 2 + 1, device=x.device, dtype=x.dtype)[:, None]
-        angles = x.unsqueeze(-2) * numbers
-        return torch.cat([angles.cos(), angles.sin()], dim=-2)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        numbers = torch.arange(1, self.size // 2 + 1, device=x.device, dtype=wide.dtype)[:, None]
+        angles = wide.unsqueeze(-2) * numbers
+        return torch.cat([angles.cos(), angles.sin()], dim=-2).to(x.dtype)

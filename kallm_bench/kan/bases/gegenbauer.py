@@ -14,13 +14,15 @@ class Gegenbauer(ThreeTerm, name="gegenbauer"):
 
     Args:
         degree: see ThreeTerm.
-        lam: λ > -1/2, not 0, where all but the constant vanish.
+        lam: λ > -1/2, and at least 0.001 away from 0, where all but the constant vanish.
     """
 
     def __init__(self, degree: int = 2, lam: float = 1.5) -> None:
         self.lam = between(self.name, "lam", lam, -0.5, 20)
-        if lam == 0:
-            raise SpecError("gegenbauer: lam = 0 makes all but the constant vanish; take cheby1, which is its limit")
+        if abs(lam) < 1e-3:
+            raise SpecError(
+                f"gegenbauer: lam = {lam:g} makes all but the constant vanish; take cheby1, which is its limit"
+            )
         super().__init__(degree)
 
     def step(self, n: int) -> tuple[float, float, float]:

@@ -36,7 +36,8 @@ class GaussianRBF(Basis, name="rbf"):
         self.size = whole(self.name, "centers", centers, 2, 256)
 
     def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         width = 2 * REACH / (self.size - 1)
-        centres = torch.linspace(-REACH, REACH, self.size, device=x.device, dtype=x.dtype)[:, None]
-        z = ((x.unsqueeze(-2) - centres) / width).clamp(-16, 16)  # beyond, the function is 0 and its square too large
-        return torch.exp(-z.square())
+        centres = torch.linspace(-REACH, REACH, self.size, device=x.device, dtype=wide.dtype)[:, None]
+        z = ((wide.unsqueeze(-2) - centres) / width).clamp(-16, 16)  # beyond, the function is 0
+        return torch.exp(-z.square()).to(x.dtype)

@@ -38,7 +38,8 @@ class ThreeTerm(Basis):
 
     def __init__(self, degree: int = 2) -> None:
         super().__init__()
-        limit = self._safe_degree()
+        with np.errstate(all="ignore"):  # what overflows is what is looked for
+            limit = self._safe_degree()
         whole(self.name, "degree", degree, 1, HIGHEST_DEGREE)
         if degree > limit:
             raise SpecError(
@@ -70,6 +71,6 @@ class ThreeTerm(Basis):
             next_value = (a * x + b) * value - c * before
             slope, slope_before = a * value + (a * x + b) * slope - c * slope_before, slope
             before, value = value, next_value
-            if max(np.abs(value).max(), np.abs(slope).max()) > SAFE_VALUE:
+            if not max(np.abs(value).max(), np.abs(slope).max()) <= SAFE_VALUE:  # not a number is not safe either
                 return n
         return HIGHEST_DEGREE
