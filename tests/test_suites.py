@@ -68,10 +68,7 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('[[arm]]\nname = "a"\ntrain = 3\n', "train should be like"),
         ('model = 5\n[[arm]]\nname = "a"\n', "model should be like"),
         ('[[arm]]\nname = "a"\ntrain.seed = 5\n', "no key 'seed'"),
-        (
-            '[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = "1"\nparams = "b"\n[[arm]]\nname = "b"\nbasis = "rbf"\nblocks = "1"\nparams = "a"\n',
-            "no arm with a size of its own",
-        ),
+        (f'{KAN}name = "a"\nparams = "b"\n{KAN}name = "b"\nparams = "a"\n', "no arm with a size of its own"),
         ('[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = "1"\nparams = ["b"]\n', "params should be a number"),
         ('[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = "1"\nparams = "b"\n', "params should be a number above 0"),
         ('stages = ["retrofitt"]\n[[arm]]\nname = "a"\n', "Did you mean 'retrofit'"),
