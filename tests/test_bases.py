@@ -55,6 +55,8 @@ def test_every_basis_has_an_oracle():
 def test_values(name, arguments, degree):
     if name not in WITH_DEGREE and degree > 1:
         pytest.skip("has no degree")
+    if name not in ORACLES:
+        pytest.skip("has no oracle yet, as another test says")
     basis, x = highest(name, degree, **arguments).double(), points_of(make_basis(name, **arguments))
     basis.reset_parameters()  # in float64 from the beginning
     values = basis(on_channels(basis, torch.from_numpy(x)[:, None]))[..., 0].detach().numpy()  # (points, K)
