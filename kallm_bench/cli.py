@@ -559,7 +559,7 @@ def main() -> NoReturn:
         sys.exit(1)
     except typer.Exit as leaving:
         sys.exit(leaving.exit_code)
-    except Exception as error:
+    except Exception as error:  # looked at for what can be said in one line; all else keeps its traceback
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # usage, as click tells it
             error.show()
             sys.exit(error.exit_code)

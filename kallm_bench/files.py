@@ -50,7 +50,7 @@ def explained(path: Path, only_full: bool = False) -> Iterator[None]:
         yield
     except KallmError:
         raise
-    except Exception as error:
+    except Exception as error:  # safetensors and tokenizers raise types of their own; what is no refusal passes on
         number = _error_number(error)
         if number not in (FULL if only_full else REFUSED):
             raise

@@ -16,9 +16,14 @@ BASES: dict[str, type[Basis]] = {}
 """Every family by its public name; filled by importing kallm_bench.kan.bases."""
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in float32 where it is of a half type, for what would lose its digits there; else x itself."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def _norm(x: Tensor) -> Tensor:
     """Each token's channels to mean 0 and variance 1, computed in float32 where x is of a half type."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    wide = widened(x)
     return F.layer_norm(wide, wide.shape[-1:]).to(x.dtype)
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kallm_bench.kan.bases.base import Basis, whole
+from kallm_bench.kan.bases.base import Basis, whole, widened
 
 
 class BSpline(Basis, name="bspline"):
@@ -39,7 +39,7 @@ class BSpline(Basis, name="bspline"):
         self.size = grid + order
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = widened(x)
         place = (wide + 1) * (self.grid / 2)
         interval = place.detach().floor().clamp(0, self.grid - 1)
         u = place - interval  # in [0, 1]

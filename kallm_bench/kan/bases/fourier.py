@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kallm_bench.kan.bases.base import Basis, whole
+from kallm_bench.kan.bases.base import Basis, whole, widened
 
 
 class Fourier(Basis, name="fourier"):
@@ -33,7 +33,7 @@ class Fourier(Basis, name="fourier"):
         self.size = 2 * whole(self.name, "frequencies", frequencies, 1, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = widened(x)
         numbers = torch.arange(1, self.size // 2 + 1, device=x.device, dtype=wide.dtype)[:, None]
         angles = wide.unsqueeze(-2) * numbers
         return torch.cat([angles.cos(), angles.sin()], dim=-2).to(x.dtype)

@@ -17,7 +17,7 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan.bases.base import Basis, whole
+from kallm_bench.kan.bases.base import Basis, whole, widened
 
 FIT_ON = np.linspace(-8.0, 8.0, 1601)
 """Where a rational function is fitted to an activation."""
@@ -85,7 +85,7 @@ class Rational(Basis, name="rational"):
             self.denominator[:, number].fill_(value)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = widened(x)
         grouped = wide.reshape(
             *wide.shape[:-1], len(self.numerator), wide.shape[-1] // len(self.numerator)
         )  # (..., G, I/G)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kallm_bench.kan.bases.base import Basis, whole
+from kallm_bench.kan.bases.base import Basis, whole, widened
 
 REACH = 2.0
 """The centres span [-2, 2], where 95 % of normalised inputs lie."""
@@ -36,7 +36,7 @@ class GaussianRBF(Basis, name="rbf"):
         self.size = whole(self.name, "centers", centers, 2, 256)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = widened(x)
         width = 2 * REACH / (self.size - 1)
         centres = torch.linspace(-REACH, REACH, self.size, device=x.device, dtype=wide.dtype)[:, None]
         z = ((wide.unsqueeze(-2) - centres) / width).clamp(-16, 16)  # beyond, the function is 0
