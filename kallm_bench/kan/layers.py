@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kallm_bench.errors import SpecError, unknown
 from kallm_bench.kan.bases import BASES, SQUASHES, Basis, make_basis
 from kallm_bench.kan.bases.base import read_arguments
-from kallm_bench.kan.ops import expand, kan_linear
+from kallm_bench.kan.ops import expand, group_function, group_of_squashed, kan_linear
 
 CONSTANTS = ("bias", "edge")
 
@@ -224,24 +224,16 @@ class GroupFunction(nn.Module):
         self.features, self.groups = features, groups
         if groups < 1 or features % groups:
             raise SpecError(f"{features} channels are not divisible by {groups} groups")
-        self.shared = family.groups is None and any(True for _ in family.parameters())
-        self.basis = family.bound(groups if self.shared else features)
+        shared = family.groups is None and any(True for _ in family.parameters())
+        self.basis = family.bound(groups if shared else features)
         self.coefficients = nn.Parameter(torch.zeros(groups, family.size)) if family.groups is None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.of_squashed(SQUASHES[self.basis.squash](x))
+        return group_function(x, self.basis, self.coefficients)
 
     def of_squashed(self, x: Tensor) -> Tensor:
         """The functions of what the squash gives, (..., features) -> the same."""
-        if self.shared:  # what the basis learns is a group's too: channels of a group side by side, groups last
-            own = self.basis(x.reshape(*x.shape[:-1], self.groups, -1).transpose(-1, -2))  # (..., n, K, G)
-            values: Tensor = own.movedim(-3, -1).flatten(-2)  # (..., K, G·n)
-        else:
-            values = self.basis(x)  # (..., K, features)
-        if self.coefficients is None:
-            return values.squeeze(-2)
-        weights = self.coefficients.repeat_interleave(self.features // self.groups, dim=0)  # (features, K)
-        return (values * weights.T.to(values.dtype)).sum(dim=-2)
+        return group_of_squashed(x, self.basis, self.coefficients)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

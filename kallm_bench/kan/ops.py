@@ -1,4 +1,4 @@
-"""kan_linear: the one function every KAN layer goes through."""
+"""The two functions every KAN layer goes through, and the one place that chooses between truth and speed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kallm_bench.errors import SpecError, unknown
 from kallm_bench.kan.bases import SQUASHES, Basis
+
+BACKENDS = ("auto", "reference", "triton")
 
 
 def expand(x: Tensor, basis: Basis, functions: int) -> Tensor:
@@ -19,7 +22,12 @@ def expand(x: Tensor, basis: Basis, functions: int) -> Tensor:
 
 
 def kan_linear(
-    x: Tensor, coefficients: Tensor, basis: Basis, bias: Tensor | None = None, linear: Tensor | None = None
+    x: Tensor,
+    coefficients: Tensor,
+    basis: Basis,
+    bias: Tensor | None = None,
+    linear: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """A learned univariate function on every edge: y_o = bias_o + Σ_i l[o,i] x_i + Σ_k Σ_i c[o,k,i] B_k(squash(x_i)).
 
@@ -32,11 +40,46 @@ def kan_linear(
         basis: the basis, of K functions.
         bias: (O,) or None.
         linear: (O, I), the path past the basis, or None.
+        backend: a name of BACKENDS.
 
     Returns:
         (..., O), in the dtype of x (under autocast, in autocast's).
     """
+    if backend not in BACKENDS:
+        raise SpecError(unknown("backend", backend, BACKENDS))
     features, weights = expand(x, basis, coefficients.shape[1]), coefficients.flatten(1)
     if linear is not None:
         features, weights = torch.cat([features, x], dim=-1), torch.cat([weights, linear], dim=1)
     return F.linear(features, weights, bias)
+
+
+def group_function(x: Tensor, basis: Basis, coefficients: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """A learned univariate function for each group of channels: f_g(x) = Σ_k c[g,k] B_k(squash(x)).
+
+    Args:
+        x: raw input (..., features); groups are channels side by side.
+        basis: bound to the features; to the groups where it learns something and there are coefficients.
+        coefficients: (G, K), or None for a basis that is learned for groups by itself, such as `rational`.
+        backend: a name of BACKENDS.
+
+    Returns:
+        (..., features).
+    """
+    if backend not in BACKENDS:
+        raise SpecError(unknown("backend", backend, BACKENDS))
+    return group_of_squashed(SQUASHES[basis.squash](x), basis, coefficients)
+
+
+def group_of_squashed(x: Tensor, basis: Basis, coefficients: Tensor | None) -> Tensor:
+    """`group_function` of what the squash gives."""
+    if coefficients is None:
+        own: Tensor = basis(x)
+        return own.squeeze(-2)
+    groups, features = len(coefficients), x.shape[-1]
+    if any(True for _ in basis.parameters()):  # what it learns is a group's too: channels side by side, groups last
+        of_groups: Tensor = basis(x.reshape(*x.shape[:-1], groups, -1).transpose(-1, -2))  # (..., n, K, G)
+        values = of_groups.movedim(-3, -1).flatten(-2)  # (..., K, G·n)
+    else:
+        values = basis(x)  # (..., K, features)
+    weights = coefficients.repeat_interleave(features // groups, dim=0)  # (features, K)
+    return (values * weights.T.to(values.dtype)).sum(dim=-2)
