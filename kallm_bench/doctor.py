@@ -11,8 +11,8 @@ import torch
 
 from kallm_bench.bbh.tasks import TASKS
 from kallm_bench.errors import KallmError
+from kallm_bench.files import cache_folder
 from kallm_bench.models import find_model
-from kallm_bench.models.sources import cache_folder
 from kallm_bench.profiling.hardware import PACKAGES, identity, installed_version
 from kallm_bench.training import find_data
 

@@ -65,6 +65,11 @@ def _error_number(error: Exception) -> int:
     return int(told[1]) if told else 0
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept, dequantised models and tokenised data: KALLM_CACHE, else ~/.cache/kallm."""
+    return Path(os.environ.get("KALLM_CACHE") or "~/.cache/kallm").expanduser()
+
+
 def check_writable(folder: Path) -> None:
     """Writes a few bytes into `folder`, which is made where it is missing, and removes them. DiskError if refused."""
     with explained(folder):

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from kallm_bench import cli
 from kallm_bench.models import load_model
 from kallm_bench.models.sources import BUNDLED_PACKAGE
 
 ROOT = Path(__file__).parent.parent
+
+Run = Callable[..., tuple[int, str, str]]
+"""What the fixture `kallm` gives: the words of a command to its exit code, output and errors."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,6 +72,24 @@ def bundled() -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def bundled_tokenizer(bundled: tuple[Any, Any]) -> Any:
     return bundled[1]
+
+
+@pytest.fixture
+def kallm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs one command as the console script does; gives its exit code, output and errors."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kallm", *words])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        code = stopped.value.code
+        printed = capsys.readouterr()
+        return (code if isinstance(code, int) else 0), printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

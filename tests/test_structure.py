@@ -19,6 +19,7 @@ ORDER = [
     "progress",
     "interrupts",
     "kan.bases",
+    "kan.kernels",
     "kan.ops",
     "kan.layers",
     "kan.feedforward",

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kallm_bench.errors import SpecError, unknown
 from kallm_bench.kan.bases import SQUASHES, Basis
+from kallm_bench.kan.bases.three_term import ThreeTerm
+
+if importlib.util.find_spec("triton"):  # Linux alone has it
+    from kallm_bench.kan.kernels import polynomial as _polynomial  # noqa: F401  registers torch.ops.kallm
+    from kallm_bench.kan.kernels.device import runs_on
+else:
+
+    def runs_on(device: torch.device) -> bool:
+        return False
+
 
 BACKENDS = ("auto", "reference", "triton")
+"""`reference` is the bases' own PyTorch; `triton` the kernels; `auto` these on a GPU wherever they are, else that."""
 
 
 def expand(x: Tensor, basis: Basis, functions: int) -> Tensor:
@@ -40,17 +53,28 @@ def kan_linear(
         basis: the basis, of K functions.
         bias: (O,) or None.
         linear: (O, I), the path past the basis, or None.
-        backend: a name of BACKENDS.
+        backend: a name of BACKENDS. Second derivatives need "reference".
 
     Returns:
         (..., O), in the dtype of x (under autocast, in autocast's).
+
+    Raises:
+        SpecError: no such backend, or "triton" where it cannot be.
     """
-    if backend not in BACKENDS:
-        raise SpecError(unknown("backend", backend, BACKENDS))
-    features, weights = expand(x, basis, coefficients.shape[1]), coefficients.flatten(1)
-    if linear is not None:
-        features, weights = torch.cat([features, x], dim=-1), torch.cat([weights, linear], dim=1)
-    return F.linear(features, weights, bias)
+    if not _fast(backend, x, coefficients, isinstance(basis, ThreeTerm), basis):
+        features, weights = expand(x, basis, coefficients.shape[1]), coefficients.flatten(1)
+        if linear is not None:
+            features, weights = torch.cat([features, x], dim=-1), torch.cat([weights, linear], dim=1)
+        return F.linear(features, weights, bias)
+    assert isinstance(basis, ThreeTerm)
+    if coefficients.shape[1] == basis.size:  # the constant function adds the same to every row
+        constant = basis.first * coefficients[:, 0].sum(-1)
+        coefficients, bias = coefficients[:, 1:], constant if bias is None else constant + bias
+    dtype = _product_dtype(x)
+    bias = bias if bias is None else bias.to(dtype)
+    recurrence = [number for n in range(basis.size - 1) for number in basis.step(n)]
+    y: Tensor = torch.ops.kallm.polynomial(x, coefficients.to(dtype), bias, recurrence, basis.first, basis.squash)
+    return y if linear is None else y + F.linear(x, linear)
 
 
 def group_function(x: Tensor, basis: Basis, coefficients: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -65,8 +89,7 @@ def group_function(x: Tensor, basis: Basis, coefficients: Tensor | None = None, 
     Returns:
         (..., features).
     """
-    if backend not in BACKENDS:
-        raise SpecError(unknown("backend", backend, BACKENDS))
+    _fast(backend, x, x, False, basis)
     return group_of_squashed(SQUASHES[basis.squash](x), basis, coefficients)
 
 
@@ -83,3 +106,26 @@ def group_of_squashed(x: Tensor, basis: Basis, coefficients: Tensor | None) -> T
         values = basis(x)  # (..., K, features)
     weights = coefficients.repeat_interleave(features // groups, dim=0)  # (features, K)
     return (values * weights.T.to(values.dtype)).sum(dim=-2)
+
+
+def _fast(backend: str, x: Tensor, parameter: Tensor, known: bool, basis: Basis) -> bool:
+    """Whether a kernel computes this; `known` is whether there is one for the basis. SpecError where there must be."""
+    if backend not in BACKENDS:
+        raise SpecError(unknown("backend", backend, BACKENDS))
+    if backend == "auto":
+        alike = parameter.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+        return known and alike and x.device.type == "cuda" and runs_on(x.device) and x.dtype != torch.float64
+    if backend == "reference":
+        return False
+    if not known:
+        raise SpecError(f"there is no kernel for basis '{basis.name}'; take backend 'auto'")
+    if x.dtype == torch.float64:
+        raise SpecError("kernels compute in float32 at most; for float64 take backend 'auto'")
+    if not runs_on(x.device):
+        raise SpecError(f"kernels run on an NVIDIA GPU, not on '{x.device}'; take backend 'auto' or TRITON_INTERPRET=1")
+    return True
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products are computed in: autocast's dtype where that is on, else x's."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import logging as transformers_logging
 
 from kallm_bench.errors import CheckpointError, ModelError
-from kallm_bench.files import new_folder, sha256
+from kallm_bench.files import cache_folder, new_folder, sha256
 from kallm_bench.hub import hub_answers
 from kallm_bench.models.modeling import KallmConfig, register
 
@@ -226,11 +225,6 @@ def _meaning(path: Path) -> str:
         return json.dumps(kept(json.loads(path.read_text(encoding="utf-8"))), sort_keys=True)
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-
-
-def cache_folder() -> Path:
-    """Where dequantised models and tokenised data are kept: KALLM_CACHE, else ~/.cache/kallm."""
-    return Path(os.environ.get("KALLM_CACHE") or "~/.cache/kallm").expanduser()
 
 
 def _bundled_file() -> Path:

@@ -1,0 +1,119 @@
+"""Passes over memory, for layers so large that a library's matrix products beat ours: they make what those need.
+
+Both handle a tile of rows and channels at once and touch every byte once, so their time is bytes over bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kallm_bench.kan.kernels.recurrence import following, squashed, through_slopes
+
+ROWS, CHANNELS = 8, 256
+"""A tile of either pass."""
+
+
+@triton.jit
+def _expand(x_ptr, features_ptr, M, I, stride_x, stride_features, width, FIRST: tl.constexpr, R: tl.constexpr,
+            SQUASH: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # 64-bit: rows · stride may pass 2³¹
+    channels = tl.program_id(1) * BI + tl.arange(0, BI)
+    inside = (rows[:, None] < M) & (channels[None, :] < I)
+    x = tl.load(x_ptr + rows[:, None] * stride_x + channels[None, :], mask=inside, other=0.0)  # (BM, BI)
+    t = squashed(x.to(tl.float32), SQUASH, BITS)
+    before = tl.zeros_like(t)
+    value = before + FIRST
+    place = features_ptr + rows[:, None] * stride_features + channels[None, :]
+    for n in tl.static_range(len(R)):
+        after = following(t, value, before, n, R)
+        before = value
+        value = after
+        tl.store(place + n * width, value.to(features_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _combine(x_ptr, gradients_ptr, dx_ptr, M, I, stride_x, stride_gradients, width, stride_dx, FIRST: tl.constexpr,
+             R: tl.constexpr, SQUASH: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr,
+             BI: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    channels = tl.program_id(1) * BI + tl.arange(0, BI)
+    inside = (rows[:, None] < M) & (channels[None, :] < I)
+    x = tl.load(x_ptr + rows[:, None] * stride_x + channels[None, :], mask=inside, other=0.0)  # (BM, BI)
+    t = squashed(x.to(tl.float32), SQUASH, BITS)
+    place = gradients_ptr + rows[:, None] * stride_gradients + channels[None, :]
+    gradients = ()
+    for n in tl.static_range(len(R)):
+        gradients = gradients + (tl.load(place + n * width, mask=inside, other=0.0).to(tl.float32),)
+    dx = through_slopes(t, gradients, FIRST, R, SQUASH)
+    tl.store(dx_ptr + rows[:, None] * stride_dx + channels[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_parts(parts_ptr, out_ptr, N, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts_ptr + part * N.to(tl.int64) + at, mask=at < N, other=0.0)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < N)
+
+
+@triton.jit
+def _column_sums(dy_ptr, parts_ptr, M, O, stride_dy, ROWS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr):
+    outs = tl.program_id(1) * BO + tl.arange(0, BO)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    total = tl.zeros((BM, BO), tl.float32)
+    for m in range(0, ROWS, BM):
+        rows = first + m + tl.arange(0, BM)
+        inside = (rows[:, None] < M) & (outs[None, :] < O)
+        total += tl.load(dy_ptr + rows[:, None] * stride_dy + outs[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(parts_ptr + tl.program_id(0) * O + outs, tl.sum(total, 0), mask=outs < O)
+
+
+def expand(x: Tensor, features: Tensor, first: float, recurrence: tuple[tuple[float, ...], ...], squash: str) -> None:
+    """Writes P_1 .. P_D of squash(x), x (M, I), into features (M, D·I), degree by degree."""
+    M, I = x.shape
+    _expand[_tiles(M, I)](
+        x, features, M, I, x.stride(0), features.stride(0), I,
+        FIRST=first, R=recurrence, SQUASH=squash, BITS=bits_of(x.dtype), BM=ROWS, BI=CHANNELS,
+    )  # fmt: skip
+
+
+def combine(
+    x: Tensor, gradients: Tensor, dx: Tensor, first: float, recurrence: tuple[tuple[float, ...], ...], squash: str
+) -> None:
+    """Writes dL/dx (M, I) from the gradients of the features (M, D·I)."""
+    M, I = x.shape
+    _combine[_tiles(M, I)](
+        x, gradients, dx, M, I, x.stride(0), gradients.stride(0), I, dx.stride(0),
+        FIRST=first, R=recurrence, SQUASH=squash, BITS=bits_of(x.dtype), BM=ROWS, BI=CHANNELS,
+    )  # fmt: skip
+
+
+def add_parts(parts: Tensor, out: Tensor) -> None:
+    """Writes the sum of parts (S, ...) in float32, always in the same order, into out (...)."""
+    size, block = out.numel(), 1024
+    _add_parts[(triton.cdiv(size, block),)](parts, out, size, PARTS=len(parts), BLOCK=block)
+
+
+def column_sums(dy: Tensor) -> Tensor:
+    """(O,) the sums of dy (M, O) over its rows, in float32 and in dy's dtype, in two stages and without atomics."""
+    (M, O), rows, out = dy.shape, 128, dy.new_zeros(dy.shape[1])
+    if M:
+        parts = torch.empty((triton.cdiv(M, rows), O), dtype=torch.float32, device=dy.device)
+        _column_sums[(len(parts), triton.cdiv(O, 64))](dy, parts, M, O, dy.stride(0), ROWS=rows, BM=32, BO=64)
+        out.copy_(parts.sum(0))
+    return out
+
+
+def bits_of(dtype: torch.dtype) -> int:
+    """A dtype's significant bits."""
+    return 1 - round(math.log2(torch.finfo(dtype).eps))
+
+
+def _tiles(rows: int, channels: int) -> tuple[int, int]:
+    return triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS)

@@ -1,0 +1,157 @@
+"""Which way each product of a polynomial layer goes: one fused kernel, or a bounded expansion and a library's product.
+
+Fused wins where the products are small, the library where they are large; where one ends and the other begins is
+measured, for each of the three products. `plans.json` beside this file holds what won on which GPU at which sizes, and
+`kallm profile --kernels --tune` adds what it finds on the GPU at hand to a file in the cache folder. A size that was
+not measured takes the plan of the nearest one that was. Nothing is timed while a model runs: the same machine always
+takes the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kallm_bench.errors import SpecError, unknown
+from kallm_bench.files import cache_folder, write_file
+
+OPERATIONS = ("forward", "input_gradient", "coefficient_gradient")
+SHIPPED = Path(__file__).with_name("plans.json")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One fused kernel.
+
+    Args:
+        rows, inputs: of the tile.
+        outputs: of the tile; one number, or for the forward (width, how many of it, width of one more or 0).
+        stages, warps: how many tiles are on their way at once, and how many warps work on one.
+        degrees: the most that it has registers and shared memory for.
+    """
+
+    rows: int
+    inputs: int
+    outputs: tuple[int, int, int]
+    stages: int
+    warps: int
+    degrees: int
+
+
+@dataclass(frozen=True)
+class Library:
+    """An expansion into a buffer of at most so many bytes, the library's product on it, and on to the next chunk."""
+
+    buffer_bytes: int
+
+
+Plan = Tile | Library
+
+PLANS: dict[str, dict[str, Plan]] = {
+    "forward": {
+        "tile-64x128": Tile(64, 64, (128, 1, 0), 2, 4, degrees=6),
+        "tile-64x128-narrow": Tile(64, 32, (128, 1, 0), 2, 4, degrees=8),
+        "tile-64x384": Tile(64, 32, (256, 1, 128), 2, 4, degrees=4),
+        "tile-64x192": Tile(64, 64, (128, 1, 64), 2, 4, degrees=4),
+        "tile-128x128": Tile(128, 32, (128, 1, 0), 3, 8, degrees=8),
+        "tile-128x192": Tile(128, 32, (128, 1, 64), 3, 4, degrees=4),
+        "tile-128x256": Tile(128, 64, (256, 1, 0), 3, 8, degrees=2),
+    },
+    "input_gradient": {
+        "tile-128x64": Tile(128, 64, (64, 1, 0), 3, 8, degrees=4),
+        "tile-128x128": Tile(128, 128, (64, 1, 0), 3, 8, degrees=2),
+        "tile-64x64": Tile(64, 64, (64, 1, 0), 3, 4, degrees=4),
+        "tile-64x32": Tile(64, 32, (64, 1, 0), 3, 4, degrees=8),
+    },
+    "coefficient_gradient": {
+        "tile-64x128": Tile(64, 64, (128, 1, 0), 3, 4, degrees=2),
+        "tile-64x64": Tile(64, 64, (64, 1, 0), 3, 4, degrees=4),
+        "tile-32x32": Tile(32, 64, (32, 1, 0), 3, 4, degrees=8),
+    },
+}
+for _plans in PLANS.values():
+    _plans.update({f"library-{mib}": Library(mib * 2**20) for mib in (16, 32, 48)})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The size of a product: M, I, O and D."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    degrees: int
+
+    def __str__(self) -> str:
+        return f"{self.inputs}x{self.outputs} degree {self.degrees}, {self.rows:,} rows"
+
+
+def find_plan(operation: str, name: str) -> Plan:
+    """A plan by its name. SpecError where there is none."""
+    if name not in PLANS[operation]:
+        raise SpecError(unknown(f"plan for the {operation.replace('_', ' ')}", name, PLANS[operation]))
+    return PLANS[operation][name]
+
+
+def can(plan: Plan, degrees: int, fusible: bool) -> bool:
+    """Whether a plan can be: the library's always, a kernel where operands and degrees allow it."""
+    return isinstance(plan, Library) or (fusible and degrees <= plan.degrees)
+
+
+def choose(operation: str, problem: Problem, device: torch.device, fusible: bool) -> Plan:
+    """The plan for a product; the library's wherever a kernel of ours cannot be, see `polynomial.fusible`."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return PLANS[operation][_chosen(operation, problem, gpu, fusible)]
+
+
+@functools.cache
+def _chosen(operation: str, problem: Problem, gpu: str, fusible: bool) -> str:
+    found = [
+        entry
+        for entry in measured()
+        if (entry["gpu"], entry["operation"]) == (gpu, operation)
+        and can(PLANS[operation][entry["plan"]], problem.degrees, fusible)
+    ]
+    return str(min(found, key=lambda entry: _distance(entry, problem))["plan"]) if found else "library-16"
+
+
+def _distance(entry: dict[str, Any], problem: Problem) -> float:
+    """How far a measured size is from this one, in factors of each of its numbers."""
+    return sum(math.log(entry[name] / max(wanted, 1)) ** 2 for name, wanted in dataclasses.asdict(problem).items())
+
+
+@functools.cache
+def measured() -> tuple[dict[str, Any], ...]:
+    """What won where, {gpu, operation, plan, rows, inputs, outputs, degrees} each; the user's own before ours."""
+    return tuple(entry for path in (_own_file(), SHIPPED) for entry in _read(path))
+
+
+def remember(gpu: str, operation: str, problem: Problem, plan: str) -> None:
+    """Keeps a measurement in the user's own file, in place of one of the same size."""
+    new = {"gpu": gpu, "operation": operation, "plan": plan, **dataclasses.asdict(problem)}
+    same = {key: value for key, value in new.items() if key != "plan"}
+    others = [entry for entry in _read(_own_file()) if not same.items() <= entry.items()]
+    _own_file().parent.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(json.dumps(entry) for entry in [*others, new])
+    write_file(_own_file(), f"[\n{text}\n]\n".encode())
+    measured.cache_clear()
+    _chosen.cache_clear()
+
+
+def _own_file() -> Path:
+    return cache_folder() / "plans.json"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The entries of a file whose plans there still are; none where there is no file."""
+    if not path.is_file():
+        return []
+    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return [entry for entry in entries if entry["plan"] in PLANS[entry["operation"]]]

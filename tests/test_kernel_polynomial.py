@@ -1,0 +1,255 @@
+"""The kernels of three-term polynomials against the bases themselves: in Triton's interpreter, or on a GPU if there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from kallm_bench.errors import SpecError
+from kallm_bench.kan import BASES, KANLinear, kan_linear, make_basis
+from kallm_bench.kan.bases.three_term import ThreeTerm
+from kallm_bench.kan.kernels import plans, polynomial
+from kallm_bench.kan.kernels.device import runs_on
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FAMILIES = sorted(name for name, family in BASES.items() if issubclass(family, ThreeTerm))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (3, 17, 5), (64, 64, 128), (70, 80, 200), (37, 48, 24)]  # rows, in, out
+REPEATS = 10 if DEVICE.type == "cuda" else 2  # the interpreter takes its time
+NAMED = [(operation, name) for operation, named in plans.PLANS.items() for name in named]
+
+pytestmark = [
+    pytest.mark.skipif(not runs_on(DEVICE), reason="neither a CUDA device nor TRITON_INTERPRET=1"),
+    *([pytest.mark.gpu] if DEVICE.type == "cuda" else []),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """What nothing wrote is not a number, so that a kernel which forgets a place, or reads one, is found out."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_float32_matmul_precision("highest")
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_inputs(name: str, shape: tuple[int, int, int], dtype: torch.dtype, degree: int | None = None) -> list[Any]:
+    """A basis, x, coefficients, bias and dy, in a dtype."""
+    rows, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(0)
+    basis = make_basis(name, degree=degree)
+    sizes = ((rows, inputs), (outputs, basis.size - 1, inputs), (outputs,), (rows, outputs))
+    x, c, bias, dy = (torch.randn(size, generator=generator).to(dtype).to(DEVICE) for size in sizes)
+    return [basis, x, c / inputs**0.5, bias, dy]
+
+
+def output_and_gradients(
+    backend: str, dtype: torch.dtype, basis: Any, x: Any, c: Any, bias: Any, dy: Any
+) -> dict[str, torch.Tensor]:
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in (x, c, bias)]
+    y = kan_linear(leaves[0], leaves[1], basis, leaves[2], backend=backend)
+    gradients = torch.autograd.grad(y, leaves, dy.to(dtype))
+    return {key: value.detach().double() for key, value in zip(("y", "dx", "dc", "db"), (y, *gradients), strict=True)}
+
+
+def assert_as_accurate(inputs: list[Any], dtype: torch.dtype) -> None:
+    """A kernel may be twice as wrong as plain PyTorch in the same dtype, against float64."""
+    truth = output_and_gradients("reference", torch.float64, *inputs)
+    reference = output_and_gradients("reference", dtype, *inputs)
+    kernel = output_and_gradients("triton", dtype, *inputs)
+    for what, true in truth.items():
+        rounding = 4 * torch.finfo(dtype).eps * true.abs().max()
+        allowed = 2 * (reference[what] - true).abs().max() + rounding
+        error = (kernel[what] - true).abs().max()
+        assert error <= allowed, f"{what}: off by {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_kernel_is_as_accurate_as_the_reference(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    assert_as_accurate(make_inputs(name, shape, dtype), dtype)
+
+
+@pytest.mark.parametrize(("operation", "plan"), NAMED, ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (64, 64, 128), (136, 80, 200), (3, 17, 5)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_plan_is_as_accurate_as_the_reference(
+    operation: str, plan: str, shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polynomial, "choose", lambda wanted, *rest: plans.PLANS[wanted][chosen[wanted]])
+    chosen = dict.fromkeys(plans.OPERATIONS, "library-16") | {operation: plan}
+    if DEVICE.type == "cpu" or dtype != torch.float32:  # there are no fused kernels for float32 on a GPU
+        can = [size % 8 == 0 for size in shape[1:]]
+        if not all(can) and plan.startswith("tile"):
+            chosen[operation] = "library-16"
+        assert_as_accurate(make_inputs("cheby2", shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("name", ["cheby2", "jacobi", "charlier"])
+@pytest.mark.parametrize("degree", range(1, 9))
+@pytest.mark.parametrize("way", ["library-16", "tile"])
+def test_every_degree(name: str, degree: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = {"forward": "tile-64x128-narrow", "input_gradient": "tile-64x32", "coefficient_gradient": "tile-32x32"}
+    monkeypatch.setattr(
+        polynomial, "choose", lambda wanted, *rest: plans.PLANS[wanted][fused[wanted] if way == "tile" else way]
+    )
+    assert_as_accurate(make_inputs(name, (70, 72, 40), torch.bfloat16, degree), torch.bfloat16)
+
+
+def test_a_chunk_ends_where_its_buffer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks of rows, and of channels, the last ones ragged."""
+    small = plans.Library(70_000)
+    monkeypatch.setattr(polynomial, "choose", lambda *all_of_it: small)
+    assert len(list(polynomial._chunks(torch.empty(300, 72), torch.float32, 2, small))) == 3
+    assert len(list(polynomial._channels(300, 40, 72, 2, torch.float32, small))) == 5
+    assert_as_accurate(make_inputs("cheby2", (300, 72, 40), torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["cheby2", "lucas"])
+@pytest.mark.parametrize("constant", ["bias", "edge"])
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,), (2, 0)], ids=str)
+def test_layers_of_every_kind(name: str, constant: str, linear: bool, batch: tuple[int, ...]) -> None:
+    layer = KANLinear(24, 16, name, constant=constant, linear=linear).to(DEVICE)
+    x = torch.randn(*batch, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    both = [
+        kan_linear(x, layer.coefficients, layer.basis, layer.bias, layer.linear, backend)
+        for backend in ("reference", "triton")
+    ]
+    assert both[0].shape == both[1].shape == (*batch, 16)
+    torch.testing.assert_close(both[1], both[0])
+    parameters = list(layer.parameters())
+    for of_kernel, of_reference in zip(*(torch.autograd.grad(y.sum(), parameters) for y in both), strict=True):
+        torch.testing.assert_close(of_kernel, of_reference)
+
+
+def test_only_the_input_and_the_coefficients_are_saved() -> None:
+    for degree in (2, 8):
+        basis, x, c, bias, _ = make_inputs("cheby2", (64, 64, 128), torch.bfloat16, degree)
+        saved: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            kan_linear(x.requires_grad_(), c.requires_grad_(), basis, bias.requires_grad_(), backend="triton")
+        assert {tensor.data_ptr() for tensor in saved} == {x.data_ptr(), c.data_ptr()}
+
+
+def test_only_the_gradients_that_are_wanted_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    basis, x, c, bias, dy = make_inputs("cheby2", (8, 16, 8), torch.float32)
+    called = []
+    for name in ("input_gradient", "coefficient_gradient", "column_sums"):
+        real = getattr(polynomial, name)
+        monkeypatch.setattr(polynomial, name, lambda *a, n=name, f=real: (called.append(n), f(*a))[1])
+    for leaf, wanted in ((x, "input_gradient"), (c, "coefficient_gradient"), (bias, "column_sums")):
+        called.clear()
+        y = kan_linear(*(t.detach() for t in (x, c)), basis, bias.detach(), backend="triton")
+        assert not y.requires_grad
+        arguments = [tensor.detach().requires_grad_(tensor is leaf) for tensor in (x, c, bias)]
+        y = kan_linear(arguments[0], arguments[1], basis, arguments[2], backend="triton")
+        torch.autograd.grad(y, [tensor for tensor in arguments if tensor.requires_grad], dy)
+        assert called == [wanted]
+
+
+def test_gradients_are_the_same_bits_each_time() -> None:
+    for plan in plans.PLANS["coefficient_gradient"]:
+        basis, x, _, _, dy = make_inputs("cheby2", (5000 if DEVICE.type == "cuda" else 200, 72, 40), torch.bfloat16)
+        steps = [number for n in range(2) for number in basis.step(n)]
+        runs = [polynomial.coefficient_gradient(dy, x, steps, 1.0, "tanh", plan) for _ in range(REPEATS)]
+        assert all(torch.equal(run, runs[0]) for run in runs), plan
+        assert all(torch.equal(polynomial.column_sums(dy), polynomial.column_sums(dy)) for _ in range(REPEATS))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(autocast: torch.dtype) -> None:
+    basis, x, c, bias, _ = make_inputs("cheby2", (16, 24, 8), torch.float32)
+    with torch.autocast(DEVICE.type, autocast):
+        y = kan_linear(x, c.requires_grad_(), basis, bias.requires_grad_(), backend="triton")
+        reference = kan_linear(x, c, basis, bias, backend="reference")
+    assert y.dtype == reference.dtype == autocast
+    torch.testing.assert_close(y, reference, rtol=0, atol=8 * torch.finfo(autocast).eps * y.detach().abs().max().item())
+    assert all(gradient.dtype == torch.float32 for gradient in torch.autograd.grad(y.float().sum(), [c, bias]))
+
+
+def test_operators_keep_their_promises() -> None:
+    basis, x, c, bias, dy = make_inputs("cheby2", (4, 16, 8), torch.float32)
+    family = ([number for n in range(2) for number in basis.step(n)], 1.0, "tanh")
+    leaves = [tensor.requires_grad_() for tensor in (x, c, bias)]
+    torch.library.opcheck(torch.ops.kallm.polynomial, (*leaves, *family))
+    torch.library.opcheck(torch.ops.kallm.polynomial, (x, c, None, *family))
+    plain = [tensor.detach() for tensor in (dy, x, c)]
+    torch.library.opcheck(torch.ops.kallm.polynomial_input_gradient, (*plain, *family))
+    torch.library.opcheck(torch.ops.kallm.polynomial_coefficient_gradient, (*plain[:2], *family))
+    torch.library.opcheck(torch.ops.kallm.column_sums, (plain[0],))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_without_a_graph_break(autocast: bool) -> None:
+    torch._dynamo.reset()
+    basis, x, c, bias, dy = make_inputs("cheby2", (4, 16, 8), torch.float32)
+
+    def layer(x: torch.Tensor, c: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            return kan_linear(x, c, basis, bias, backend="triton")
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    leaves = [tensor.requires_grad_() for tensor in (x, c, bias)]
+    for y, expected in zip(
+        *([f(*leaves), *torch.autograd.grad(f(*leaves).float(), leaves, dy)] for f in (compiled, layer)), strict=True
+    ):
+        assert torch.equal(y, expected)
+
+
+def test_a_backend_that_cannot_be_is_refused() -> None:
+    basis, x, c, bias, _ = make_inputs("cheby2", (4, 16, 8), torch.float32)
+    with pytest.raises(SpecError, match=r"no backend 'tritn'. Did you mean 'triton'\?"):
+        kan_linear(x, c, basis, bias, backend="tritn")
+    with pytest.raises(SpecError, match="for float64 take backend 'auto'"):
+        kan_linear(x.double(), c.double(), basis, backend="triton")
+    with pytest.raises(SpecError, match="no kernel for basis 'fourier'"):
+        kan_linear(x, torch.zeros(8, 8, 16), make_basis("fourier"), backend="triton")
+    with pytest.raises(SpecError, match="no plan for the forward 'tile'"):
+        polynomial.polynomial(x, c, bias, [2.0, 0.0, 0.0] * 2, 1.0, "tanh", "tile")
+    with pytest.raises(SpecError, match="plan 'tile-128x256' cannot be for these tensors and 3 degrees"):
+        polynomial.polynomial(x, torch.zeros(8, 3, 16).to(x), bias, [2.0, 0.0, 0.0] * 3, 1.0, "tanh", "tile-128x256")
+
+
+def test_the_nearest_measured_size_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("KALLM_CACHE", str(tmp_path))
+    sizes = {"tile-64x384": plans.Problem(16384, 576, 384, 2), "library-32": plans.Problem(16384, 4096, 4096, 2)}
+    try:
+        for plan, problem in sizes.items():
+            plans.remember("A GPU", "forward", problem, "tile-128x128")
+            plans.remember("A GPU", "forward", problem, plan)
+        assert plans._chosen("forward", plans.Problem(8192, 512, 512, 2), "A GPU", True) == "tile-64x384"
+        assert plans._chosen("forward", plans.Problem(16384, 8192, 2048, 3), "A GPU", True) == "library-32"
+        assert plans._chosen("forward", plans.Problem(8192, 512, 512, 2), "A GPU", False) == "library-32"
+        assert plans._chosen("forward", plans.Problem(8192, 512, 512, 2), "another", True) == "library-16"
+        assert len([entry for entry in plans.measured() if entry["gpu"] == "A GPU"]) == 2
+    finally:
+        plans.measured.cache_clear()
+        plans._chosen.cache_clear()
+
+
+def test_what_was_measured_names_plans_there_are() -> None:
+    for entry in plans.measured():
+        assert entry["plan"] in plans.PLANS[entry["operation"]]
+        assert all(entry[key] > 0 for key in ("rows", "inputs", "outputs", "degrees"))
+
+
+def test_on_a_cpu_the_reference_is_the_default() -> None:
+    layer, x = KANLinear(16, 8, "cheby2"), torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer(x), kan_linear(x, layer.coefficients, layer.basis, layer.bias, backend="reference"))
+
+
+def test_all_families_are_there() -> None:
+    assert {"cheby1", "legendre", "hermite", "jacobi", "hahn"} <= set(FAMILIES)
+    assert len(FAMILIES) >= 15
