@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -33,6 +35,10 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. au
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences at once; chosen by device if left out.")]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+MODEL_OPTIONS = ("checkpoint", "batch", "length", "scope")
+KERNEL_OPTIONS = ("suite", "shape", "basis", "tokens", "tune")
+"""What `kallm profile` takes only without --kernels, and only with it."""
 
 
 @app.callback(invoke_without_command=True)
@@ -191,19 +197,51 @@ def eval_bbh(
 
 @app.command()
 def profile(
-    checkpoint: Checkpoint,
+    context: typer.Context,
+    checkpoint: Checkpoint = "bundled",
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 4,
     length: Annotated[int, typer.Option(min=32, help="Tokens in each.")] = 256,
-    repeats: Annotated[int, typer.Option(min=2, help="Timed runs of each measurement.")] = 5,
+    repeats: Annotated[
+        int | None, typer.Option(min=2, help="Timed runs of each measurement; 5, or 20 of kernels, if left out.")
+    ] = None,
     scope: Annotated[
         str | None, typer.Option(help="What learns in the training step; tail, or all where nothing is replaced.")
     ] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Measure layers alone instead of a model, beside what they compete with.")
+    ] = False,
+    suite: Annotated[
+        str | None, typer.Option(help="Of kernels: a suite's; on a GPU `kernels`, if nothing else is asked for.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Of kernels: 576x384, a layer; 1536, a function per channel group.")
+    ] = None,
+    basis: Annotated[list[str] | None, typer.Option(help="Of kernels: on every --shape; both may be repeated.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of kernels: rows at once; 16384, or 1024 on a CPU, if left out.")
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Of kernels: find the fastest way at each size, and take it from now on.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     results: Results = Path("results"),
     as_json: Json = False,
 ) -> None:
-    """Measure parameters, throughput and peak memory on this machine."""
+    """Measure a model's parameters, throughput and peak memory on this machine, or the time of KAN layers alone.
+
+    kallm profile runs/..., kallm profile --kernels, kallm profile --kernels --shape 576x384 --basis legendre:degree=3
+    """
+    _refuse_mixed(context, MODEL_OPTIONS if kernels else KERNEL_OPTIONS)
+    if kernels:
+        if suite and (shape or basis or tokens):
+            raise typer.BadParameter("a suite has its own shapes, bases and tokens", param_hint="--suite")
+        asked = (suite, shape or [], basis or [], tokens, repeats)
+        if tune:
+            _tune_kernels(*asked, device, dtype, as_json)
+        else:
+            _profile_kernels(*asked, device, dtype, results, as_json)
+        return
     from kallm_bench import engine
     from kallm_bench.filing import find_ref
     from kallm_bench.models import load_config, specs_of
@@ -213,8 +251,82 @@ def profile(
         bench = _bench(results, display, device, dtype, None)
         ref = find_ref(checkpoint)
         scope = scope or ("tail" if specs_of(load_config(ref.open())) else "all")
-        record = engine.profile(bench, ref, ProfileSettings(batch, length, repeats=repeats, scope=scope), again=True)
+        settings = ProfileSettings(batch, length, repeats=repeats or 5, scope=scope)
+        record = engine.profile(bench, ref, settings, again=True)
     console.show_records([record], as_json, bench.store.written)
+
+
+def _profile_kernels(
+    suite: str | None,
+    shapes: list[str],
+    bases: list[str],
+    tokens: int | None,
+    repeats: int | None,
+    device: str,
+    dtype: str,
+    results: Path,
+    as_json: bool,
+) -> None:
+    from kallm_bench import engine
+    from kallm_bench.profiling import find_device
+    from kallm_bench.reporting import build_tables
+    from kallm_bench.suites import choose_kernels
+
+    asked = choose_kernels(suite, shapes, bases, tokens, repeats, find_device(device).type == "cpu")
+    if asked.note:
+        console.tell(asked.note)
+    with console.Display(engine.plan_of_kernels(asked.problems)) as display:
+        bench = _bench(results, display, device, dtype, None, suite_file=asked.suite_file)
+        bench = dataclasses.replace(bench, suite=asked.suite)
+        records = []
+        for problem in asked.problems:
+            display.begin(problem.arm)
+            records.append(engine.profile_kernels(bench, problem, again=True))
+    if as_json:
+        console.show_records(records, as_json, bench.store.written)
+        return
+    measured = {record.id for record in records}
+    console.show_tables(build_tables(bench.store, asked.suite, bench.testbed, lambda record: record.id in measured))
+
+
+def _tune_kernels(
+    suite: str | None,
+    shapes: list[str],
+    bases: list[str],
+    tokens: int | None,
+    repeats: int | None,
+    device: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    from kallm_bench.profiling import find_device, find_dtype
+    from kallm_bench.profiling.tuning import sizes_of, tune
+    from kallm_bench.suites import choose_kernels
+
+    place = find_device(device)
+    sizes = sizes_of(choose_kernels(suite, shapes, bases, tokens, repeats, place.type == "cpu").problems)
+    rows = []
+    with console.Display({str(size): 1.0 for size in sizes}) as display:
+        for size in sizes:
+            display.begin(str(size))
+            for operation, seconds in tune(size, place, find_dtype(dtype, place), repeats or 6).items():
+                ranked = sorted(seconds, key=lambda plan: seconds[plan])
+                shown = ", ".join(f"{plan} {seconds[plan] * 1e6:,.1f}" for plan in ranked)
+                rows.append((str(size), operation.replace("_", " "), shown))
+    headings = ("size", "operation", "plans, fastest first, in µs")
+    if as_json:
+        console.show_json([dict(zip(headings, row, strict=True)) for row in rows])
+    else:
+        console.show_rows(headings, rows)
+
+
+def _refuse_mixed(context: typer.Context, unfit: Sequence[str]) -> None:
+    """Refuses options that say nothing about what is asked for, rather than ignore them."""
+    for name in unfit:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            shown = "CKPT" if name == "checkpoint" else f"--{name}"
+            raise typer.BadParameter(f"{shown} goes {'with' if name in KERNEL_OPTIONS else 'without'} --kernels")
 
 
 @app.command()
@@ -266,7 +378,7 @@ def show_report(
     suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
     testbed: Annotated[str | None, typer.Option(help="Only this machine.")] = None,
     fmt: Annotated[
-        str | None, typer.Option("--format", help="screen, md, csv; by the ending of --out if left out.")
+        str | None, typer.Option("--format", help="screen, md, csv, json; by the ending of --out if left out.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
     results: Results = Path("results"),
@@ -278,9 +390,9 @@ def show_report(
     from kallm_bench.errors import RecordError, unknown
     from kallm_bench.files import write_file
     from kallm_bench.records import ResultsStore
-    from kallm_bench.reporting import build_tables, to_csv, to_markdown
+    from kallm_bench.reporting import build_tables, to_csv, to_json, to_markdown
 
-    formats = {"md": to_markdown, "csv": to_csv}
+    formats = {"md": to_markdown, "csv": to_csv, "json": to_json}
     if fmt is None:
         fmt = (
             out.suffix.removeprefix(".")
@@ -293,7 +405,7 @@ def show_report(
         raise RecordError(unknown("format", fmt, ("screen", *formats)))
     if fmt == "screen" and out:
         raise typer.BadParameter(
-            "the screen's tables cannot go into a file; take --format md or csv", param_hint="--out"
+            "the screen's tables cannot go into a file; take --format md, csv or json", param_hint="--out"
         )
     store = ResultsStore(results)
     tables = build_tables(store, suite, testbed)

@@ -34,7 +34,7 @@ err = _console(stderr=True)
 PLAIN_EVERY_SECONDS = 15.0
 """Without a terminal there is no bar to redraw: a line now and then, so that a log shows that work goes on."""
 
-MAIN_WORKS = ("training", "questions")
+MAIN_WORKS = ("training", "questions", "contenders")
 """Of what a part of a plan consists of, the works that take its time."""
 
 SKIPPED_SECONDS = 3.0
@@ -201,10 +201,13 @@ def show_tables(tables: Sequence[Table]) -> None:
 
     for table in tables:
         cells = grid(table)
-        shown = _grid(table.title, cells)
-        if shown.__rich_measure__(out, out.options.update(max_width=10_000)).maximum > out.width:
-            shown = _grid(table.title, [list(column) for column in zip(*cells, strict=True)])
-        out.print(shown)
+        if table.kind == "kernels":
+            _show_groups(table.title, cells)
+        else:
+            shown = _grid(table.title, cells)
+            if shown.__rich_measure__(out, out.options.update(max_width=10_000)).maximum > out.width:
+                shown = _grid(table.title, [list(column) for column in zip(*cells, strict=True)])
+            out.print(shown)
         for note in table.notes:
             out.print(f"· {note}", style="dim")
 
@@ -217,6 +220,30 @@ def _grid(title: str, cells: Sequence[Sequence[str]]) -> RichTable:
     for row in cells[1:]:
         table.add_row(*row)
     return table
+
+
+def _show_groups(title: str, cells: Sequence[Sequence[str]]) -> None:
+    """A table of many rows: the first column, where it says something, is the heading of those that follow."""
+    (_, *headings), *rows = cells
+    longest = [
+        max(len(text) for text in (*heading.split(), *(row[number] for row in rows)))
+        for number, heading in enumerate(headings, start=1)
+    ]
+
+    def part(group: Sequence[Sequence[str]]) -> RichTable:
+        table = RichTable(box=None, show_header=not group)
+        for number, (heading, width) in enumerate(zip(headings, longest, strict=True)):
+            table.add_column(heading, justify="right" if number else "left", vertical="bottom", width=width)
+        for row in group:
+            table.add_row(*row[1:])
+        return table
+
+    out.print(title, style="bold")
+    out.print(part([]))
+    starts = [number for number, row in enumerate(rows) if row[0]]
+    for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        out.print(rows[start][0], style="italic")
+        out.print(part(rows[start:end]))
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:

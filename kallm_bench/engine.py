@@ -18,7 +18,7 @@ from kallm_bench.bbh.protocols import find_protocol
 from kallm_bench.bbh.questions import load_questions
 from kallm_bench.bbh.tasks import TASKS
 from kallm_bench.errors import DataError, KallmError, TrainingError
-from kallm_bench.files import check_writable, write_file
+from kallm_bench.files import cache_folder, check_writable, write_file
 from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, parameter_count, ref_after
 from kallm_bench.models import (
     Calibration,
@@ -34,9 +34,15 @@ from kallm_bench.models import (
     save_checkpoint,
     specs_of,
 )
-from kallm_bench.models.sources import cache_folder
 from kallm_bench.models.spec import needs_calibration
-from kallm_bench.profiling import ProfileSettings, flops_per_token, measure_inference, measure_training
+from kallm_bench.profiling import (
+    KernelProblem,
+    ProfileSettings,
+    flops_per_token,
+    measure_inference,
+    measure_kernels,
+    measure_training,
+)
 from kallm_bench.records import Metric, ResultsStore, RunRecord
 from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
 from kallm_bench.suites import Cell, Suite
@@ -159,11 +165,11 @@ def train_model(
     if settings.steps:
         stage.folder = out or bench.runs / f"{ref.label}-trained-{stage.key[:8]}"
     with stage.claimed() as done:
-        return done or _train(bench, stage, settings, tokenizer, data, replace)
+        return done or _train(bench, ref, stage, settings, tokenizer, data, replace)
 
 
 def _train(
-    bench: Bench, stage: Stage, settings: TrainSettings, tokenizer: Any, data: DataSource, replace: bool
+    bench: Bench, ref: ModelRef, stage: Stage, settings: TrainSettings, tokenizer: Any, data: DataSource, replace: bool
 ) -> RunRecord:
     if bench.dtype == torch.float16 and settings.steps:
         raise TrainingError("training in float16 needs loss scaling, which is not here yet; take --dtype bfloat16")
@@ -172,7 +178,7 @@ def _train(
     def packing(done: int, total: int) -> None:
         bench.watch("packing conversations", done, total)
 
-    model, _ = load_model(stage.ref.open(), torch.float32, bench.device)
+    model, _ = load_model(ref.open(), torch.float32, bench.device)
     if settings.steps:
         parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
     rows, kept = prepare(
@@ -238,8 +244,8 @@ def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
 def profile(bench: Bench, ref: ModelRef, settings: ProfileSettings, *, again: bool = False) -> RunRecord:
     """Measures what the model costs here. `again` measures anew where a record exists."""
     stage = Stage(bench, "profile", dataclasses.asdict(settings) | bench.place, ref)
-    with stage.claimed() as done:
-        if done and not again:
+    with stage.claimed(again=again) as done:
+        if done:
             return done
         source = ref.open()
         start = time.perf_counter()
@@ -261,6 +267,14 @@ def profile(bench: Bench, ref: ModelRef, settings: ProfileSettings, *, again: bo
                 model, _ = load_model(source, torch.float32, bench.device)
             metrics += measure_training(model, settings, bench.autocast, bench.watch)
         return stage.finish(metrics, model=model)
+
+
+def profile_kernels(bench: Bench, problem: KernelProblem, *, again: bool = False) -> RunRecord:
+    """Measures a layer by itself beside its contenders. `again` measures anew where a record exists."""
+    bench = dataclasses.replace(bench, arm=problem.arm)
+    stage = Stage(bench, "kernels", problem.settings() | bench.place)
+    with stage.claimed(again=again) as done:
+        return done or stage.finish(measure_kernels(problem, bench.device, bench.dtype, bench.watch))
 
 
 def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None) -> list[RunRecord]:
@@ -350,6 +364,12 @@ def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda 
             ran.records.extend(run_cell(bench, cell, begin))
         except KallmError as error:
             ran.failures[f"{cell.arm}, seed {cell.seed}"] = str(error)
+    for problem in suite.kernels:
+        begin(problem.arm)
+        try:
+            ran.records.append(profile_kernels(bench, problem))
+        except KallmError as error:
+            ran.failures[problem.arm] = str(error)
     return ran
 
 
@@ -366,7 +386,12 @@ def plan_of(suite: Suite) -> dict[str, float]:
             steps = cell.spec.start_steps if {"distill", "sequence"} & set(cell.spec.start.split("+")) else 0
             work["retrofit"] = 2 * cell.calibration.tokens + 1000 * steps
         plan.update({_part(cell, stage): float(work[stage]) for stage in cell.stages})
-    return plan
+    return plan | plan_of_kernels(suite.kernels)
+
+
+def plan_of_kernels(problems: Sequence[KernelProblem]) -> dict[str, float]:
+    """The same of problems for layers alone: compiling takes most of the time, and the same for each contender."""
+    return {problem.arm: 10_000.0 * len(problem.contenders) for problem in problems}
 
 
 def describe_cells(suite: Suite) -> list[tuple[str, str, str, str, str]]:
@@ -380,7 +405,7 @@ def describe_cells(suite: Suite) -> list[tuple[str, str, str, str, str]]:
             cell.eval.source or "BIG-Bench Hard" if "eval-bbh" in cell.stages else "–",
         )
         for cell in suite.cells
-    ]
+    ] + [(problem.arm, "", f"{len(problem.contenders)} contenders", "–", "–") for problem in suite.kernels]
 
 
 class Report(NamedTuple):

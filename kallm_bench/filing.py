@@ -27,7 +27,7 @@ from kallm_bench.profiling import environment
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Artifact, Metric, ResultsStore, RunRecord, settings_key
 
-CODE = {"retrofit": 1, "train": 1, "eval-bbh": 1, "profile": 1}
+CODE = {"retrofit": 1, "train": 1, "eval-bbh": 1, "profile": 1, "kernels": 1}
 """The stages, and the version of each one's code: raise it when a change of code changes results."""
 
 
@@ -132,7 +132,7 @@ class Stage:
     """One stage about to run: its key, and how its record is written.
 
     Args:
-        bench, ref: where it works and what it starts from.
+        bench, ref: where it works and what it starts from; None for a stage that needs no model.
         name: a key of CODE.
         settings: everything that decides its result.
         folder: where it leaves a checkpoint, if it does.
@@ -141,19 +141,24 @@ class Stage:
     bench: Bench
     name: str
     settings: dict[str, Any]
-    ref: ModelRef
+    ref: ModelRef | None = None
     folder: Path | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __post_init__(self) -> None:
-        self.settings = {**self.settings, "weights": self.ref.fingerprint}
-        parents = [entry["key"] for entry in self.ref.lineage[-1:]]
+        if self.ref:
+            self.settings = {**self.settings, "weights": self.ref.fingerprint}
+        parents = [entry["key"] for entry in self._lineage[-1:]]
         self.key = settings_key(self.name, CODE[self.name], self.settings, parents)
+
+    @property
+    def _lineage(self) -> tuple[dict[str, str], ...]:
+        return self.ref.lineage if self.ref else ()
 
     @property
     def arm(self) -> str:
         """What the record is filed under: the suite's arm, else the checkpoint that is made, else the one at hand."""
-        return self.bench.arm or (self.folder.name if self.folder else self.ref.label)
+        return self.bench.arm or (self.folder.name if self.folder else self.ref.label if self.ref else self.name)
 
     @functools.cached_property
     def id(self) -> str:
@@ -161,15 +166,17 @@ class Stage:
         return f"{self.started:%Y%m%dT%H%M%SZ}-{label}-{self.key[:8]}-{uuid.uuid4().hex[:4]}"
 
     @contextmanager
-    def claimed(self, weights_needed: bool = True) -> Iterator[RunRecord | None]:
+    def claimed(self, weights_needed: bool = True, again: bool = False) -> Iterator[RunRecord | None]:
         """Yields the record where the stage is done, else None with the stage held for this process alone.
 
         Where another process is at it, waits until that one is done or gone.
 
         Args:
             weights_needed: whether a record will not do without the weights it left.
+            again: whether no record will do, so that None is yielded.
         """
-        if done := self._done(weights_needed):
+        done = None if again else self._done(weights_needed)
+        if done:
             yield done
             return
 
@@ -179,7 +186,7 @@ class Stage:
 
         try:
             with only_one(self.bench.runs / "unfinished" / f"{self.key}.lock", wait):
-                yield self._done(weights_needed)
+                yield None if again else self._done(weights_needed)
         finally:
             with suppress(OSError):  # what is not empty stays
                 (self.bench.runs / "unfinished").rmdir()
@@ -238,21 +245,19 @@ class Stage:
         return allowed
 
     def lineage(self) -> tuple[dict[str, str], ...]:
-        return (*self.ref.lineage, {"id": self.id, "key": self.key, "stage": self.name})
+        return (*self._lineage, {"id": self.id, "key": self.key, "stage": self.name})
 
     def finish(
         self,
         metrics: Sequence[Metric],
         *,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None = None,
         saved: bool = False,
         data: dict[str, Any] | None = None,
         samples: Sequence[dict[str, Any]] | None = None,
     ) -> RunRecord:
         """Writes the record and returns it. `saved`: whether a checkpoint was left in `folder`."""
         folder = self.folder if saved else None
-        fingerprint = find_model(str(folder)).fingerprint if folder else self.ref.fingerprint
-        learning = next((metric.value for metric in metrics if metric.name == "trainable_parameters"), None)
         record = RunRecord(
             id=self.id,
             stage=self.name,
@@ -262,16 +267,10 @@ class Stage:
             testbed=self.bench.testbed,
             started=self.started.isoformat(timespec="seconds"),
             seconds=round((datetime.now(UTC) - self.started).total_seconds(), 3),
-            parents=tuple(entry["id"] for entry in self.ref.lineage[-1:]),
+            parents=tuple(entry["id"] for entry in self._lineage[-1:]),
             settings=self.settings,
             key=self.key,
-            model={
-                "source": self.ref.label,
-                "fingerprint": fingerprint,
-                "parameters": parameter_count(model),
-                "trainable_parameters": learning,
-                "specs": [spec.to_json() for spec in specs_of(model.config)],
-            },
+            model=_described(self.ref, model, folder, metrics) if self.ref and model is not None else {},
             data=data or {},
             metrics=tuple(metrics),
             environment=environment(self.bench.device)
@@ -280,6 +279,17 @@ class Stage:
         )
         self.bench.store.write(record, samples)
         return record
+
+
+def _described(ref: ModelRef, model: PreTrainedModel, folder: Path | None, metrics: Sequence[Metric]) -> dict[str, Any]:
+    """What a record says of the model after a stage, which may have left it in `folder`."""
+    return {
+        "source": ref.label,
+        "fingerprint": find_model(str(folder)).fingerprint if folder else ref.fingerprint,
+        "parameters": parameter_count(model),
+        "trainable_parameters": next((each.value for each in metrics if each.name == "trainable_parameters"), None),
+        "specs": [spec.to_json() for spec in specs_of(model.config)],
+    }
 
 
 def _folder_of(record: RunRecord) -> Path:

@@ -1,4 +1,4 @@
-"""A suite: one TOML file that becomes complete cells, one for each arm and seed."""
+"""A suite: one TOML file that becomes complete cells, one for each arm and seed, or problems for layers alone."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 import tomllib
 import types as types_module
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kallm_bench.bbh.evaluate import EvalSettings
 from kallm_bench.errors import SuiteError, unknown
 from kallm_bench.models import CalibrationSettings, KANSpec
-from kallm_bench.profiling import ProfileSettings
+from kallm_bench.profiling import KernelProblem, KernelSettings, ProfileSettings, problems_by_hand
 from kallm_bench.training import TrainSettings
 
 SECTIONS: dict[str, type] = {
@@ -26,6 +26,9 @@ SECTIONS: dict[str, type] = {
 }
 """Tables of a suite, and of an arm where it differs, with the settings each one fills."""
 
+
+SMALL_TOKENS = 1024
+"""Rows that kernels are measured on where nothing is said and the device is a CPU."""
 
 STAGES = ("retrofit", "train", "eval-bbh", "profile")
 
@@ -54,15 +57,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite's name, its one-sentence description, and its cells: all arms of the first seed, then of the next.
+    """What a file asks for.
 
-    `arms` are all that its file names, also those that were not wanted this time.
+    Args:
+        cells: all arms of the first seed, then of the next.
+        arms: all that its file names, problems among them, also those that were not wanted this time.
+        kernels: problems that layers are measured on by themselves, see KernelSettings; they have no seeds.
     """
 
     name: str
     description: str
     cells: tuple[Cell, ...]
     arms: tuple[str, ...]
+    kernels: tuple[KernelProblem, ...] = ()
 
 
 def find_suite(name: str) -> Path:
@@ -90,19 +97,20 @@ def read_suite(path: Path, only: Iterable[str] = (), seeds: Iterable[int] | None
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: {error}") from error
-    _refuse_unknown(data, {"description", "model", "seeds", "stages", "arm", *SECTIONS}, str(path))
+    _refuse_unknown(data, {"description", "model", "seeds", "stages", "arm", "kernels", *SECTIONS}, str(path))
     top: dict[str, Any] = {"description": "", "model": "", "seeds": [0], "stages": ["train"], "arm": [{}]}
     for key, like in (top | {section: {} for section in SECTIONS}).items():
         _check_like(data, key, like, str(path))
     arms = data.get("arm", [])
-    if not arms or not all(
+    problems = _problems(data.get("kernels", []), str(path))
+    if not (arms or problems) or not all(
         isinstance(arm, dict) and re.fullmatch(r"[\w.+-]+", str(arm.get("name", ""))) for arm in arms
     ):
         raise SuiteError(f"{path}: needs [[arm]] tables, each with a 'name' of letters, digits, '-', '_', '.' and '+'")
     for stage in data.get("stages", []):
         if stage not in STAGES:
             raise SuiteError(f"{path}: {unknown('stage', str(stage), STAGES)}")
-    names = [arm["name"] for arm in arms]
+    names = [arm["name"] for arm in arms] + [problem.arm for problem in problems]
     if len(set(names)) < len(names):
         raise SuiteError(f"{path}: two arms have one name; it has {names}")
     chosen = list(data.get("seeds", [0]) if seeds is None else seeds)
@@ -115,7 +123,51 @@ def read_suite(path: Path, only: Iterable[str] = (), seeds: Iterable[int] | None
             raise SuiteError(unknown("arm", name, names))
     wanted = [arm for arm in arms if not only or arm["name"] in set(only)]
     cells = tuple(_cell(arm, seed, data, path) for seed in chosen for arm in wanted)
-    return Suite(path.stem, data.get("description", ""), cells, tuple(names))
+    kernels = tuple(problem for problem in problems if not only or problem.arm in set(only))
+    return Suite(path.stem, data.get("description", ""), cells, tuple(names), kernels)
+
+
+class Asked(NamedTuple):
+    """Problems to measure, the suite they are filed under, how the user named it, and what to tell first."""
+
+    problems: tuple[KernelProblem, ...]
+    suite: str
+    suite_file: str = ""
+    note: str = ""
+
+
+def choose_kernels(
+    suite: str | None,
+    shapes: Sequence[str],
+    bases: Sequence[str],
+    tokens: int | None,
+    repeats: int | None,
+    on_cpu: bool,
+) -> Asked:
+    """What to measure: a suite's problems, or those of some shapes and bases, or what this device does in minutes.
+
+    Raises:
+        SuiteError: no such suite, or one without kernels; what KernelSettings refuses.
+    """
+    if suite or not (shapes or bases or tokens or on_cpu):
+        read = read_suite(find_suite(suite or "kernels"))
+        if not read.kernels:
+            raise SuiteError(f"suite '{read.name}' has no [[kernels]]; `kallm run {suite}` does what it says")
+        problems = [dataclasses.replace(problem, repeats=repeats or problem.repeats) for problem in read.kernels]
+        return Asked(tuple(problems), read.name, suite or "kernels")
+    note = "On a CPU 1,024 tokens are enough; --tokens takes others, --suite kernels what a GPU is given."
+    chosen = problems_by_hand(shapes, bases, tokens or (SMALL_TOKENS if on_cpu else KernelSettings.tokens), repeats)
+    return Asked(chosen, "manual", note=note if on_cpu and tokens is None else "")
+
+
+def _problems(tables: Any, where: str) -> tuple[KernelProblem, ...]:
+    """Of [[kernels]] tables, or of the one table [kernels]."""
+    groups = [tables] if isinstance(tables, dict) else tables
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise SuiteError(f"{where}: kernels should be tables, [[kernels]], got {tables!r}")
+    return tuple(
+        problem for group in groups for problem in _settings(KernelSettings, group, f"{where}, [kernels]").problems()
+    )
 
 
 def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path) -> Cell:
@@ -176,7 +228,7 @@ def _beside(suite: Path, name: str) -> str:
 def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
     types = typing.get_type_hints(kind)
     _refuse_unknown(values, set(types) - {"seed"}, where)
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    values = {key: _frozen(value) for key, value in values.items()}
     for key, value in values.items():
         wanted = typing.get_args(types[key]) if isinstance(types[key], types_module.UnionType) else (types[key],)
         plain = tuple(typing.get_origin(each) or each for each in wanted)
@@ -184,6 +236,11 @@ def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
             names = " or ".join(each.__name__ for each in plain if each is not type(None))
             raise SuiteError(f"{where}: {key} should be of type {names}, got {value!r}")
     return kind(**values)
+
+
+def _frozen(value: Any) -> Any:
+    """A list as a tuple, and so what is in it."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _check_like(table: dict[str, Any], key: str, like: Any, where: str) -> None:

@@ -10,18 +10,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 
 from kallm_bench import cli
 from kallm_bench.models import load_model, save_checkpoint
 from kallm_bench.records import ResultsStore
-
-Run = Callable[..., tuple[int, str, str]]
 
 CHAT = "".join(
     json.dumps(
@@ -89,24 +87,6 @@ def home(base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("KALLM_BBH_DIR", raising=False)
     return tmp_path
-
-
-@pytest.fixture
-def kallm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs one command as the console script does; gives its exit code, output and errors."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kallm", *words])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        code = stopped.value.code
-        printed = capsys.readouterr()
-        return (code if isinstance(code, int) else 0), printed.out, printed.err
-
-    return run
 
 
 def records(home: Path) -> list[Any]:

@@ -19,7 +19,8 @@ def test_every_shipped_suite_reads(path: Path) -> None:
     assert suite.name == path.stem
     assert suite.description
     assert find_suite(path.stem) == path
-    assert len({(cell.arm, cell.seed) for cell in suite.cells}) == len(suite.cells) > 0
+    assert len({(cell.arm, cell.seed) for cell in suite.cells}) == len(suite.cells)
+    assert suite.cells or suite.kernels
 
 
 def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) -> None:
@@ -75,6 +76,10 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('seeds = []\n[[arm]]\nname = "a"\n', "at least one"),
         ('seeds = [1, 1]\n[[arm]]\nname = "a"\n', "stands twice"),
         ('[[arm]]\nname = "a"\nblocks = "1"\n', "has blocks but no basis"),
+        ("kernels = 3\n", r"kernels should be tables, \[\[kernels\]\]"),
+        ("[[kernels]]\nshape = [[4, 4]]\n", "Did you mean 'shapes'"),
+        ('[[kernels]]\nshapes = "4x4"\n', "shapes should be of type tuple"),
+        ("[[kernels]]\nshapes = [[4, 4]]\n[[kernels]]\nshapes = [[4, 4]]\n", "two arms have one name"),
         ('[[arm]]\nname = "a"\nbasis = "linear"\nblocks = "1"\nconstant = "edge"\n', "is no KAN"),
     ],
 )

@@ -2,9 +2,13 @@
 
 from kallm_bench.profiling.flops import flops_per_token
 from kallm_bench.profiling.hardware import environment, find_device, find_dtype, identity
+from kallm_bench.profiling.kernels import measure_kernels
+from kallm_bench.profiling.problems import KernelProblem, KernelSettings, problems_by_hand
 from kallm_bench.profiling.throughput import ProfileSettings, measure_inference, measure_training
 
 __all__ = [
+    "KernelProblem",
+    "KernelSettings",
     "ProfileSettings",
     "environment",
     "find_device",
@@ -12,5 +16,7 @@ __all__ = [
     "flops_per_token",
     "identity",
     "measure_inference",
+    "measure_kernels",
     "measure_training",
+    "problems_by_hand",
 ]

@@ -11,6 +11,7 @@ kept. A spread over 3 % is said beside the number.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 import time
@@ -24,11 +25,9 @@ from transformers import PreTrainedModel
 from kallm_bench.errors import DeviceError
 from kallm_bench.profiling.memory import peak_memory
 from kallm_bench.progress import Watch, nobody
-from kallm_bench.records import Metric
+from kallm_bench.records import WIDE_SPREAD, Metric
 from kallm_bench.training import apply_scope
 from kallm_bench.training.loss import loss_sum
-
-WIDE_SPREAD = 0.03
 
 
 @dataclass(frozen=True)
@@ -109,10 +108,9 @@ def _timed(
 def throughput(name: str, tokens: int, seconds: list[float]) -> Metric:
     """Tokens a second by the median time; the note tells of a spread (range over median) above 3 %."""
     rates = [tokens / each for each in seconds]
-    median = statistics.median(rates)
-    spread = (max(rates) - min(rates)) / median
-    note = f"spread {spread:.0%}" if spread > WIDE_SPREAD else ""
-    return Metric(name, median, n=len(rates), samples=rates, note=note)
+    metric = Metric(name, statistics.median(rates), n=len(rates), samples=rates)
+    note = f"spread {metric.spread:.0%}" if metric.spread > WIDE_SPREAD else ""
+    return dataclasses.replace(metric, note=note)
 
 
 def _prefill(model: PreTrainedModel, ids: Tensor) -> None:

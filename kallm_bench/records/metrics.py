@@ -47,6 +47,14 @@ METRICS: dict[str, MetricKind] = {
         "bytes", "lower", "largest GPU memory held by tensors during training steps"
     ),
     "peak_vram_reserved_bytes": MetricKind("bytes", "lower", "largest GPU memory held by the allocator, same steps"),
+    "forward_seconds": MetricKind("s", "lower", "one forward of a layer alone, median; after the slash: whose layer"),
+    "forward_backward_seconds": MetricKind("s", "lower", "forward and the gradients of input and parameters, median"),
+    "forward_to_limit": MetricKind("times", "lower", "forward_seconds over that of the limit, in the same record"),
+    "forward_backward_to_limit": MetricKind("times", "lower", "forward_backward_seconds over that of the limit"),
+    "timing_spread": MetricKind("fraction", "lower", "range of the samples over their median, the larger of both"),
+    "saved_bytes": MetricKind("bytes", "lower", "kept from forward for backward, beyond input, output and parameters"),
+    "peak_bytes": MetricKind("bytes", "lower", "most GPU memory in forward and backward, beyond input and parameters"),
+    "relative_error": MetricKind("relative", "lower", "norm of the miss of float64's output or gradient, the largest"),
 }
 """Keyed by name. A name may carry a part after a slash: "accuracy/snarks" is the accuracy on that task."""
 

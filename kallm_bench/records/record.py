@@ -15,6 +15,9 @@ from kallm_bench.records.metrics import kind_of
 
 SCHEMA = 1
 
+WIDE_SPREAD = 0.03
+"""A spread of samples above this is told beside the value."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -33,6 +36,11 @@ class Metric:
     n: int = 1
     samples: Sequence[float] = ()
     note: str = ""
+
+    @property
+    def spread(self) -> float:
+        """The range of the samples over the value; 0 where there is none."""
+        return (max(self.samples) - min(self.samples)) / self.value if self.samples and self.value else 0.0
 
     def to_json(self) -> dict[str, Any]:
         unit = kind_of(self.name).unit
@@ -59,7 +67,7 @@ class RunRecord:
         parents: ids of the records whose result it started from.
         settings: everything that decides the result, "weights" being the fingerprint of the model it started from.
         key: hash under which the stage is found again, see settings_key.
-        model: {source, fingerprint, parameters, trainable_parameters, specs} after the stage.
+        model: {source, fingerprint, parameters, trainable_parameters, specs} after the stage; empty where it has none.
         data: {source, fingerprint} of conversations or questions; empty where there are none.
         metrics, environment, artifacts: what was measured, with what, and the files that were left.
         reused: id of the record that this one repeats for another cell, where the work was already done.
@@ -138,6 +146,7 @@ NEEDED = {
     "retrofit": {"spec"},
     "train": {"row_length", "rows_per_step", "learning_rate", "scope"},
     "eval-bbh": {"protocol", "tasks", "max_new_tokens"},
+    "kernels": {"tokens", "in_features", "out_features", "basis", "device", "dtype"},
 }
 """Settings that a record of each stage is read by."""
 

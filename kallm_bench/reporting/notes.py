@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from kallm_bench.records import kind_of
+from kallm_bench.records import RunRecord, kind_of
 from kallm_bench.reporting.arms import AT_CHANCE, BELOW_CHANCE, Arm
 
 
@@ -27,7 +27,7 @@ def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], marks: Colle
     yield from _missing_controls(arms)
     yield from _difference_notes(arms)
     yield from _measurement_notes(arms)
-    yield f"Machine: {_machine(testbed)}." + _code(arms)
+    yield place(testbed, [record for arm in arms for records in arm.stages.values() for record in records])
     if suite != "manual":
         yield f"Run it again: `kallm run {_file(arms) or suite}`; this table: `kallm report --suite {suite}`."
 
@@ -133,10 +133,11 @@ def _machine(testbed: dict[str, Any]) -> str:
     return f"{testbed.get('cpu', 'unknown')}, {cores} cores, {memory} GiB, {gpus}"
 
 
-def _code(arms: Sequence[Arm]) -> str:
-    records = [record for arm in arms for records in arm.stages.values() for record in records]
+def place(testbed: dict[str, Any], records: Sequence[RunRecord]) -> str:
+    """Where records were made: the machine, what computed, the code's commits."""
     commits = {(record.environment.get("git") or {}).get("commit", "")[:10] for record in records} - {""}
     devices = {
         f"{record.settings['device']} in {record.settings['dtype']}" for record in records if "dtype" in record.settings
     }
-    return f" Computed on {', '.join(sorted(devices))}." + (f" Code: {', '.join(sorted(commits))}." if commits else "")
+    code = f" Code: {', '.join(sorted(commits))}." if commits else ""
+    return f"Machine: {_machine(testbed)}. Computed on {', '.join(sorted(devices))}.{code}"

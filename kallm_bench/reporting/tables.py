@@ -9,13 +9,25 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from kallm_bench.records import ResultsStore, RunRecord
+from kallm_bench.records import WIDE_SPREAD, ResultsStore, RunRecord
 from kallm_bench.records.statistics import Interval, accuracy_interval, mean_interval
 from kallm_bench.reporting.arms import AT_CHANCE, BELOW_CHANCE, Arm, variants, what_it_is
+from kallm_bench.reporting.kernels import (
+    KERNEL_COLUMNS,
+    WIDE,
+    figures_of,
+    kernel_notes,
+    newest_problems,
+    problem_of,
+)
 from kallm_bench.reporting.notes import notes
+
+SUBTITLES = {"arms": "", "starts": ": right after the retrofit", "kernels": ": layers alone"}
+"""What a table's kind adds to its title."""
 
 STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("profile", "parameters", "parameters"),
@@ -55,7 +67,7 @@ class Table:
     """One suite on one testbed: its arms, or how they started.
 
     Args:
-        kind: "arms" or "starts".
+        kind: "arms", "starts" or "kernels".
         metrics, headings: the columns, in order.
     """
 
@@ -69,7 +81,7 @@ class Table:
 
     @property
     def title(self) -> str:
-        return f"{self.suite} on {self.testbed}" + (": right after the retrofit" if self.kind == "starts" else "")
+        return f"{self.suite} on {self.testbed}{SUBTITLES[self.kind]}"
 
 
 def build_tables(
@@ -86,7 +98,9 @@ def build_tables(
             groups[record.testbed, record.suite].append(record)
     tables = []
     for (where, name), records in sorted(groups.items()):
-        tables += [_table(store, name, where, records, known), _starts(name, where, records)]
+        of_models = [record for record in records if record.stage != "kernels"]
+        tables += [_table(store, name, where, of_models, known), _starts(name, where, of_models)]
+        tables.append(_kernels(name, where, store.describe(where), newest_problems(records)))
     return [table for table in tables if table.rows]
 
 
@@ -133,6 +147,20 @@ def _starts(suite: str, testbed: str, records: Sequence[RunRecord]) -> Table:
         f"Calibrated on {', '.join(sorted(sources))}. R²: of the replaced block's output, on held-out rows.",
     ]
     return Table(suite, testbed, tuple(rows), tuple(below), *_unzipped(columns), kind="starts")
+
+
+def _kernels(suite: str, testbed: str, machine: dict[str, Any], records: Sequence[RunRecord]) -> Table:
+    """Layers alone, a record a problem: a row for each of its contenders."""
+    rows = []
+    for record in records:
+        for contender, values in figures_of(record).items():
+            wide = WIDE if values.get("timing_spread", 0.0) > WIDE_SPREAD else ""
+            figures = {name: Figure(value, mark=wide * (name == "timing_spread")) for name, value in values.items()}
+            rows.append(Row(problem_of(record, records), contender, 0, figures))
+    used = {metric for row in rows for metric in row.figures}
+    columns = [(metric, heading) for metric, heading in KERNEL_COLUMNS if metric in used]
+    below = kernel_notes(suite, machine, records) if records else ()
+    return Table(suite, testbed, tuple(rows), tuple(below), *_unzipped(columns), kind="kernels")
 
 
 def _unzipped(columns: Sequence[tuple[str, str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 from collections.abc import Callable, Sequence
 
 from kallm_bench.records import kind_of
@@ -14,7 +15,7 @@ from kallm_bench.reporting.tables import STAGE_COLUMNS, Figure, Row, Table
 
 def written(metric: str, figure: Figure) -> str:
     """A figure as a reader wants it: 125.67M, 43.8 % [40.1, 47.5], 2.391 [2.379, 2.403], 1.90 GiB, 1,234."""
-    form = _FORMS.get(kind_of(metric).unit, "{:.3f}".format)
+    form = _FORMS_OF.get(metric.partition("/")[0]) or _FORMS.get(kind_of(metric).unit, "{:.3f}".format)
     ends = [form(end).removesuffix(" %") for end in figure.interval or ()]
     interval = f" [{', '.join(ends)}]" if len(set(ends)) == 2 else ""
     return form(figure.value) + interval + (f" {figure.mark}" if figure.mark else "")
@@ -29,11 +30,36 @@ _FORMS: dict[str, Callable[[float], str]] = {
     "FLOP/token": lambda value: f"{value / 1e6:,.1f} MFLOP",
     "s": lambda value: f"{value:.2f} s",
     "fraction of variance": "{:.3f}".format,
+    "times": "{:.2f}".format,
 }
 
 
+def _microseconds(value: float) -> str:
+    return f"{value * 1e6:,.1f}" if value < 1e-4 else f"{value * 1e6:,.0f}"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / 2**20:,.0f}" if value >= 2**20 or not value else f"{value / 2**20:.2f}"
+
+
+_FORMS_OF: dict[str, Callable[[float], str]] = {
+    "forward_seconds": _microseconds,
+    "forward_backward_seconds": _microseconds,
+    "saved_bytes": _mebibytes,
+    "peak_bytes": _mebibytes,
+    "relative_error": "{:.1e}".format,
+}
+"""Of metrics whose unit stands in the heading of their column."""
+
+
 def grid(table: Table) -> list[list[str]]:
-    """A table as text: a row of headings, then a row an arm."""
+    """A table as text: a row of headings, then a row an arm; of layers alone a row a contender, problem by problem."""
+    if table.kind == "kernels":
+        problems = ["", *(row.name for row in table.rows)]
+        return [["problem", "contender", *table.headings]] + [
+            [row.name if row.name != before else "", row.what, *(_text(row, metric) for metric in table.metrics)]
+            for before, row in zip(problems[:-1], table.rows, strict=True)
+        ]
     header = ["arm", "what", "seeds", *table.headings]
     return [header] + [
         [row.name, row.what, str(row.seeds or ""), *(_text(row, metric) for metric in table.metrics)]
@@ -42,13 +68,15 @@ def grid(table: Table) -> list[list[str]]:
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
-    """All tables, each with its notes, and the published figures last."""
+    """All tables, each with its notes, and the published figures last where there are models to set beside them."""
     parts = []
     for table in tables:
         header, *lines = grid(table)
         parts.append(
             f"## {table.title}\n\n{_markdown(header, lines)}\n" + "".join(f"\n- {note}" for note in table.notes)
         )
+    if tables and all(table.kind == "kernels" for table in tables):
+        return "\n\n".join(parts) + "\n"
     published = [[row.name, row.trainable, row.memory, row.accuracy] for row in PUBLISHED]
     header = ["published", "trained parameters", "GPU memory", "accuracy"]
     parts.append(f"## Published figures, for reference\n\n{_markdown(header, published)}\n\n- {PUBLISHED_NOTE}")
@@ -72,6 +100,32 @@ def to_csv(tables: Sequence[Table]) -> str:
                 cells += [figure.value, *(figure.interval or ("", ""))] if figure else ["", "", ""]
             writer.writerow([table.suite, table.testbed, table.kind, row.name, row.what, row.seeds or "", *cells])
     return buffer.getvalue()
+
+
+def to_json(tables: Sequence[Table]) -> str:
+    """All rows of all tables, with their notes; values in the units of the table of metrics."""
+    data = [
+        {
+            "suite": table.suite,
+            "testbed": table.testbed,
+            "table": table.kind,
+            "rows": [
+                {
+                    "arm": row.name,
+                    "what": row.what,
+                    "seeds": row.seeds,
+                    "figures": {
+                        metric: {"value": figure.value, "unit": kind_of(metric).unit, "interval": figure.interval}
+                        for metric, figure in row.figures.items()
+                    },
+                }
+                for row in table.rows
+            ],
+            "notes": table.notes,
+        }
+        for table in tables
+    ]
+    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def _text(row: Row, metric: str) -> str:

@@ -1,0 +1,102 @@
+"""Which plan is fastest for each product of a polynomial layer, by measuring all of them at one size."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from kallm_bench.errors import DeviceError
+from kallm_bench.kan.bases import make_basis
+from kallm_bench.kan.bases.three_term import ThreeTerm
+from kallm_bench.kan.kernels import plans, polynomial
+from kallm_bench.profiling.problems import KernelProblem
+from kallm_bench.profiling.replays import Timer, make_timer, sample_in_turn
+
+CLOSE = 0.01
+"""A plan must be faster than the one before it in PLANS by more than this share: a nearer race is decided by noise."""
+
+INPUT_SETS = 4
+"""Taken in turn, so that no input is still in the cache from the call before."""
+
+
+def tune(problem: plans.Problem, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, dict[str, float]]:
+    """Measures every plan at this size, as degrees of cheby2, and remembers the fastest of each operation.
+
+    Returns:
+        Operation -> plan -> median seconds, without the plans that cannot be here.
+
+    Raises:
+        DeviceError: no GPU.
+    """
+    if device.type != "cuda":
+        raise DeviceError("plans are measured on an NVIDIA GPU; this device is the CPU")
+    measured = {}
+    for operation, step_of in _steps(problem, device, dtype).items():
+        timers: dict[str, Timer] = {}
+        for name in plans.PLANS[operation]:
+            step = functools.partial(step_of, name)
+            try:
+                timers[name] = make_timer(step, device)
+            except Exception as error:  # too much shared memory, too many registers: Triton has many names for it
+                if "resource" not in str(error).lower():
+                    raise
+        samples = sample_in_turn(timers, repeats)
+        measured[operation] = {name: statistics.median(each) for name, each in samples.items()}
+        plans.remember(torch.cuda.get_device_name(device), operation, problem, fastest(measured[operation]))
+    return measured
+
+
+def sizes_of(problems: Iterable[KernelProblem]) -> list[plans.Problem]:
+    """The sizes among these that have plans, each once: layers of polynomials.
+
+    Raises:
+        DeviceError: there are none.
+    """
+    sizes: dict[plans.Problem, None] = {}
+    for problem in problems:
+        basis = make_basis(problem.basis)
+        if problem.out_features and isinstance(basis, ThreeTerm):
+            size = plans.Problem(problem.tokens, problem.in_features, problem.out_features, basis.size - 1)
+            sizes[size] = None
+    if not sizes:
+        raise DeviceError("nothing to tune: only layers of polynomials have several plans, such as --basis cheby2")
+    return list(sizes)
+
+
+def fastest(seconds: dict[str, float]) -> str:
+    """The first plan that no other beats by more than CLOSE."""
+    best = min(seconds.values())
+    return next(name for name, each in seconds.items() if each <= best * (1 + CLOSE))
+
+
+def _steps(problem: plans.Problem, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., object]]:
+    """Each operation as a call with the plan's name and the number of the call."""
+    basis = make_basis("cheby2", degree=problem.degrees)
+    assert isinstance(basis, ThreeTerm)
+    family = ([number for n in range(problem.degrees) for number in basis.step(n)], basis.first, basis.squash)
+
+    def drawn(*size: int) -> list[Tensor]:
+        return [torch.randn(size, device=device).to(dtype) for _ in range(INPUT_SETS)]
+
+    xs, dys = drawn(problem.rows, problem.inputs), drawn(problem.rows, problem.outputs)
+    c, bias = drawn(problem.outputs, problem.degrees, problem.inputs)[0], drawn(problem.outputs)[0]
+
+    def forward(plan: str, number: int) -> Tensor:
+        result: Tensor = polynomial.polynomial(xs[number % INPUT_SETS], c, bias, *family, plan)
+        return result
+
+    def input_gradient(plan: str, number: int) -> Tensor:
+        at = number % INPUT_SETS
+        result: Tensor = polynomial.input_gradient(dys[at], xs[at], c, *family, plan)
+        return result
+
+    def coefficient_gradient(plan: str, number: int) -> Tensor:
+        at = number % INPUT_SETS
+        result: Tensor = polynomial.coefficient_gradient(dys[at], xs[at], *family, plan)
+        return result
+
+    return dict(zip(plans.OPERATIONS, (forward, input_gradient, coefficient_gradient), strict=True))
