@@ -10,10 +10,13 @@ from torch import Tensor
 
 from kallm_bench.errors import SpecError, unknown
 from kallm_bench.kan.bases import SQUASHES, Basis
+from kallm_bench.kan.bases.bspline import BSpline
+from kallm_bench.kan.bases.rational import Rational, RationalAbs
+from kallm_bench.kan.bases.rbf import GaussianRBF
 from kallm_bench.kan.bases.three_term import ThreeTerm
 
 if importlib.util.find_spec("triton"):  # Linux alone has it
-    from kallm_bench.kan.kernels import polynomial as _polynomial  # noqa: F401  registers torch.ops.kallm
+    from kallm_bench.kan.kernels import layer, local, rational  # each registers operators in torch.ops.kallm
     from kallm_bench.kan.kernels.device import runs_on
 else:
 
@@ -61,19 +64,19 @@ def kan_linear(
     Raises:
         SpecError: no such backend, or "triton" where it cannot be.
     """
-    if not _fast(backend, x, coefficients, isinstance(basis, ThreeTerm), basis):
+    family = _family(basis)
+    if not _fast(backend, x, coefficients, basis, known=family is not None):
         features, weights = expand(x, basis, coefficients.shape[1]), coefficients.flatten(1)
         if linear is not None:
             features, weights = torch.cat([features, x], dim=-1), torch.cat([weights, linear], dim=1)
         return F.linear(features, weights, bias)
-    assert isinstance(basis, ThreeTerm)
-    if coefficients.shape[1] == basis.size:  # the constant function adds the same to every row
-        constant = basis.first * coefficients[:, 0].sum(-1)
-        coefficients, bias = coefficients[:, 1:], constant if bias is None else constant + bias
+    assert family
     dtype = _product_dtype(x)
+    if basis.constant and coefficients.shape[1] == basis.size:  # the constant function adds the same to every row
+        constant = family[1][0] * coefficients[:, 0].sum(-1)
+        coefficients, bias = coefficients[:, 1:], constant if bias is None else constant + bias
     bias = bias if bias is None else bias.to(dtype)
-    recurrence = [number for n in range(basis.size - 1) for number in basis.step(n)]
-    y: Tensor = torch.ops.kallm.polynomial(x, coefficients.to(dtype), bias, recurrence, basis.first, basis.squash)
+    y: Tensor = layer.edge_functions(x, coefficients.to(dtype), bias, *family, basis.squash)
     return y if linear is None else y + F.linear(x, linear)
 
 
@@ -89,7 +92,14 @@ def group_function(x: Tensor, basis: Basis, coefficients: Tensor | None = None, 
     Returns:
         (..., features).
     """
-    _fast(backend, x, x, False, basis)
+    known = isinstance(basis, Rational) if coefficients is None else isinstance(basis, BSpline | GaussianRBF)
+    if _fast(backend, x, x, basis, known=known):
+        if isinstance(basis, Rational):
+            return rational.rational(x, basis.numerator, basis.denominator, isinstance(basis, RationalAbs))
+        assert coefficients is not None
+        order = basis.order if isinstance(basis, BSpline) else 0
+        x, squash = (SQUASHES["norm"](x), "none") if basis.squash == "norm" else (x, basis.squash)
+        return local.group_local(x, coefficients, basis.name, order, squash)
     return group_of_squashed(SQUASHES[basis.squash](x), basis, coefficients)
 
 
@@ -108,7 +118,16 @@ def group_of_squashed(x: Tensor, basis: Basis, coefficients: Tensor | None) -> T
     return (values * weights.T.to(values.dtype)).sum(dim=-2)
 
 
-def _fast(backend: str, x: Tensor, parameter: Tensor, known: bool, basis: Basis) -> bool:
+def _family(basis: Basis) -> tuple[str, list[float]] | None:
+    """A basis as `layer.edge_functions` takes it, or None where there is no kernel for it."""
+    if isinstance(basis, ThreeTerm):
+        return "polynomial", [basis.first, *(number for n in range(basis.size - 1) for number in basis.step(n))]
+    if isinstance(basis, BSpline):
+        return "bspline", [float(basis.grid), float(basis.order)]
+    return ("rbf", [float(basis.size)]) if isinstance(basis, GaussianRBF) else None
+
+
+def _fast(backend: str, x: Tensor, parameter: Tensor, basis: Basis, *, known: bool) -> bool:
     """Whether a kernel computes this; `known` is whether there is one for the basis. SpecError where there must be."""
     if backend not in BACKENDS:
         raise SpecError(unknown("backend", backend, BACKENDS))

@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kallm_bench.kan import KANLinear
-from kallm_bench.kan.bases import make_basis
+from kallm_bench.kan.bases import SQUASHES, make_basis
 from kallm_bench.kan.bases.base import read_arguments
+from kallm_bench.kan.bases.bspline import BSpline
+from kallm_bench.kan.bases.rbf import GaussianRBF
 from kallm_bench.kan.layers import GroupFunction
-from kallm_bench.kan.ops import expand, group_function, kan_linear
+from kallm_bench.kan.ops import expand, group_function, kan_linear, runs_on
 
 INPUT_SETS = 4
 """Inputs that calls take in turn, so that none is found in the cache where the call before has left it."""
@@ -119,6 +121,27 @@ def _ours(backend: str, compiled: bool = False) -> Callable[[Setup], Contender]:
 
 plain_layer = _ours("reference")
 """Plain PyTorch in the problem's dtype: what a kernel may be twice as wrong as."""
+
+
+def _sparse(setup: Setup) -> Contender:
+    """Of a local family the few functions that are not zero, each with its row of the coefficients."""
+    layer, basis = setup.layer, setup.layer.basis
+    if not isinstance(layer, KANLinear) or not isinstance(basis, BSpline | GaussianRBF):
+        raise NotPossibleError("every function of this family counts everywhere")
+    local = importlib.import_module("kallm_bench.kan.kernels.local")
+    if not runs_on(setup.dy.device):
+        raise NotPossibleError("kernels need a GPU")
+    order = basis.order if isinstance(basis, BSpline) else 0
+    normalised = basis.squash == "norm"
+    coefficients, bias = layer.coefficients, layer.bias
+
+    def call(x: Tensor) -> Tensor:
+        x, squash = (SQUASHES["norm"](x), "none") if normalised else (x, basis.squash)
+        near, first = local.local_values(x, basis.name, basis.size - order, order, squash)
+        y: Tensor = local.sparse_edge_product(near, first, coefficients.permute(1, 2, 0).flatten(0, 1))
+        return y if bias is None else y + bias
+
+    return _differentiated(call, layer, setup.inputs, setup.dy, ours=True)
 
 
 def _linear(setup: Setup) -> Contender:
@@ -239,6 +262,7 @@ LAYERS: Mapping[str, Callable[[Setup], Contender]] = {
     "kallm": _ours("auto"),
     "reference": plain_layer,
     "compiled": _ours("reference", compiled=True),
+    "sparse": _sparse,
     "linear": _linear,
     "limit": _products,
     "inkan": _compiled_package("inkan"),

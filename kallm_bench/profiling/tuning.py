@@ -12,7 +12,7 @@ from torch import Tensor
 from kallm_bench.errors import DeviceError
 from kallm_bench.kan.bases import make_basis
 from kallm_bench.kan.bases.three_term import ThreeTerm
-from kallm_bench.kan.kernels import plans, polynomial
+from kallm_bench.kan.kernels import layer, plans
 from kallm_bench.profiling.problems import KernelProblem
 from kallm_bench.profiling.replays import Timer, make_timer, sample_in_turn
 
@@ -77,7 +77,8 @@ def _steps(problem: plans.Problem, device: torch.device, dtype: torch.dtype) -> 
     """Each operation as a call with the plan's name and the number of the call."""
     basis = make_basis("cheby2", degree=problem.degrees)
     assert isinstance(basis, ThreeTerm)
-    family = ([number for n in range(problem.degrees) for number in basis.step(n)], basis.first, basis.squash)
+    numbers = [basis.first, *(number for n in range(problem.degrees) for number in basis.step(n))]
+    family = ("polynomial", numbers, basis.squash)
 
     def drawn(*size: int) -> list[Tensor]:
         return [torch.randn(size, device=device).to(dtype) for _ in range(INPUT_SETS)]
@@ -86,17 +87,17 @@ def _steps(problem: plans.Problem, device: torch.device, dtype: torch.dtype) -> 
     c, bias = drawn(problem.outputs, problem.degrees, problem.inputs)[0], drawn(problem.outputs)[0]
 
     def forward(plan: str, number: int) -> Tensor:
-        result: Tensor = polynomial.polynomial(xs[number % INPUT_SETS], c, bias, *family, plan)
+        result: Tensor = layer.edge_functions(xs[number % INPUT_SETS], c, bias, *family, plan)
         return result
 
     def input_gradient(plan: str, number: int) -> Tensor:
         at = number % INPUT_SETS
-        result: Tensor = polynomial.input_gradient(dys[at], xs[at], c, *family, plan)
+        result: Tensor = layer.input_gradient(dys[at], xs[at], c, *family, plan)
         return result
 
     def coefficient_gradient(plan: str, number: int) -> Tensor:
         at = number % INPUT_SETS
-        result: Tensor = polynomial.coefficient_gradient(dys[at], xs[at], *family, plan)
+        result: Tensor = layer.coefficient_gradient(dys[at], xs[at], *family, plan)
         return result
 
     return dict(zip(plans.OPERATIONS, (forward, input_gradient, coefficient_gradient), strict=True))

@@ -11,10 +11,18 @@ Shape letters: M rows (tokens), I inputs, O outputs, D degrees; B before one of 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kallm_bench.kan.kernels import passes
 from kallm_bench.kan.kernels.device import INTERPRETED, product
+from kallm_bench.kan.kernels.families import Family
+from kallm_bench.kan.kernels.plans import Tile
 from kallm_bench.kan.kernels.recurrence import following, squashed, through_slopes
 
 
@@ -49,7 +57,7 @@ def _settled(accumulators):
 
 
 @triton.jit
-def forward(x, wide, narrow, y_wide, y_narrow, bias_ptr, M, I, O, FIRST: tl.constexpr, R: tl.constexpr,
+def _forward(x, wide, narrow, y_wide, y_narrow, bias_ptr, M, I, O, FIRST: tl.constexpr, R: tl.constexpr,
             SQUASH: tl.constexpr, BITS: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr,
             WIDE: tl.constexpr, WIDES: tl.constexpr, NARROW: tl.constexpr, STAGES: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
@@ -90,7 +98,7 @@ def forward(x, wide, narrow, y_wide, y_narrow, bias_ptr, M, I, O, FIRST: tl.cons
 
 
 @triton.jit
-def input_gradient(x, c, dy, dx, M, I, O, FIRST: tl.constexpr, R: tl.constexpr, SQUASH: tl.constexpr,
+def _input_gradient(x, c, dy, dx, M, I, O, FIRST: tl.constexpr, R: tl.constexpr, SQUASH: tl.constexpr,
                    BITS: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, STAGES: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
     """dx (M, I) from dy (M, O)."""
@@ -111,7 +119,7 @@ def input_gradient(x, c, dy, dx, M, I, O, FIRST: tl.constexpr, R: tl.constexpr, 
 
 
 @triton.jit
-def coefficient_gradient(x, dy, parts, M, I, O, ROWS, FIRST: tl.constexpr, R: tl.constexpr, SQUASH: tl.constexpr,
+def _coefficient_gradient(x, dy, parts, M, I, O, ROWS, FIRST: tl.constexpr, R: tl.constexpr, SQUASH: tl.constexpr,
                          BITS: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
                          STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """parts (S, O, D, I): the gradient's share of each S-th of the rows, ROWS long, for `passes.add_parts` to add."""
@@ -137,3 +145,105 @@ def coefficient_gradient(x, dy, parts, M, I, O, ROWS, FIRST: tl.constexpr, R: tl
         totals = _settled(added)
     for n in tl.static_range(len(R)):
         parts.store([part, out, n, i], totals[n].T.reshape(1, BO, 1, BI).to(parts.dtype))
+
+
+def forward(x: Tensor, coefficients: Tensor, bias: Tensor | None, y: Tensor, family: Family, tile: Tile) -> None:
+    """Writes y (M, O) of x (M, I), coefficients (O, D, I) and bias (O,)."""
+    (M, I), O = x.shape, len(coefficients)
+    wide, count, narrow = tile.outputs
+    grid = (triton.cdiv(M, tile.rows) * triton.cdiv(O, wide * count + narrow),)
+    _forward[grid](
+        _tiles(x, tile.rows, tile.inputs),
+        _tiles(coefficients, wide, 1, tile.inputs),
+        _tiles(coefficients, narrow or wide, 1, tile.inputs),
+        _tiles(y, tile.rows, wide),
+        _tiles(y, tile.rows, narrow or wide),
+        bias,
+        M,
+        I,
+        O,
+        BIAS=bias is not None,
+        WIDE=wide,
+        WIDES=count,
+        NARROW=narrow,
+        **_options(x, family, tile),
+    )
+
+
+def input_gradient(x: Tensor, coefficients: Tensor, dy: Tensor, dx: Tensor, family: Family, tile: Tile) -> None:
+    """Writes dx (M, I) of x (M, I), coefficients (O, D, I) and dy (M, O)."""
+    (M, I), O = x.shape, len(coefficients)
+    _input_gradient[(triton.cdiv(M, tile.rows) * triton.cdiv(I, tile.inputs),)](
+        _tiles(x, tile.rows, tile.inputs),
+        _tiles(coefficients, tile.outputs[0], 1, tile.inputs),
+        _tiles(dy, tile.rows, tile.outputs[0]),
+        _tiles(dx, tile.rows, tile.inputs),
+        M,
+        I,
+        O,
+        BO=tile.outputs[0],
+        **_options(x, family, tile),
+    )
+
+
+def coefficient_gradient(x: Tensor, dy: Tensor, dc: Tensor, family: Family, tile: Tile) -> None:
+    """Writes dc (O, D, I) of x (M, I) and dy (M, O)."""
+    (M, I), (O, D, _) = x.shape, dc.shape
+    tiles = triton.cdiv(I, tile.inputs) * triton.cdiv(O, tile.outputs[0])
+    length = triton.cdiv(triton.cdiv(M, _parts(tiles, x.device)), tile.rows) * tile.rows
+    count = triton.cdiv(M, length)
+    parts = dc[None] if count == 1 else torch.empty((count, O, D, I), dtype=torch.float32, device=x.device)
+    _coefficient_gradient[(count * tiles,)](
+        _tiles(x, tile.rows, tile.inputs),
+        _tiles(dy, tile.rows, tile.outputs[0]),
+        _tiles(parts, 1, tile.outputs[0], 1, tile.inputs),
+        M,
+        I,
+        O,
+        length,
+        BO=tile.outputs[0],
+        **_options(x, family, tile),
+    )
+    if count > 1:
+        passes.add_parts(parts, dc)
+
+
+def reachable(*tensors: Tensor) -> bool:
+    """Whether the copy engine can reach all of these: 16-byte rows and starts, one dtype, and a GPU that has it."""
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] != 9 or dtype == torch.float32:
+            return False
+    elif not INTERPRETED.value:
+        return False
+    return all(
+        tensor.dtype == dtype
+        and tensor.stride(-1) == 1
+        and tensor.data_ptr() % 16 == 0
+        and all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
+def _tiles(tensor: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+
+
+def _options(x: Tensor, family: Family, tile: Tile) -> dict[str, Any]:
+    return {
+        "FIRST": family.first,
+        "R": family.steps,
+        "SQUASH": family.squash,
+        "BITS": passes.bits_of(x.dtype),
+        "BM": tile.rows,
+        "BI": tile.inputs,
+        "STAGES": tile.stages,
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",  # of float32 operands alone
+        "num_warps": tile.warps,
+    }
+
+
+def _parts(tiles: int, device: torch.device) -> int:
+    """Into how many parts the rows go, so that two programs for every processor have work."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return max(1, 2 * processors // tiles)

@@ -97,7 +97,7 @@ def _local_values(x: Tensor, kind: str, size: int, order: int, squash: str) -> t
     values, first = _compact_like(x, kind, size, order)
     if x.numel():
         tiles = cut(x, 1, VALUES)
-        arguments = tiles.arguments | _functions(kind, size, order, squash)
+        arguments = tiles.arguments | compiled_with(kind, size, order, squash)
         with torch.cuda.device_of(x):
             _values_kernel[(tiles.across * tiles.down,)](x, values, first, **arguments)
     return values, first
@@ -109,7 +109,7 @@ def _local_values_backward(dvalues: Tensor, x: Tensor, kind: str, size: int, ord
     dx = torch.empty_like(x)
     if x.numel():
         tiles = cut(x, 1, VALUES)
-        arguments = tiles.arguments | _functions(kind, size, order, squash)
+        arguments = tiles.arguments | compiled_with(kind, size, order, squash)
         with torch.cuda.device_of(x):
             _slopes_kernel[(tiles.across * tiles.down,)](x, dvalues, dx, **arguments)
     return dx
@@ -121,7 +121,7 @@ def _group_local(x: Tensor, coefficients: Tensor, kind: str, order: int, squash:
     y = torch.empty_like(x)
     if x.numel():
         tiles = cut(x, groups, GROUP)
-        arguments = tiles.arguments | _functions(kind, functions - order, order, squash)
+        arguments = tiles.arguments | compiled_with(kind, functions - order, order, squash)
         with torch.cuda.device_of(x):
             _group_kernel[(tiles.across * tiles.down,)](
                 x, coefficients.contiguous(), y, GROUP=arguments["CHUNKS"] // groups, **arguments
@@ -138,7 +138,7 @@ def _group_local_backward(
     if not x.numel():
         return dx, torch.zeros_like(coefficients)
     tiles = cut(x, groups, GROUP_BACKWARD, within_group=True)
-    arguments = tiles.arguments | _functions(kind, functions - order, order, squash)
+    arguments = tiles.arguments | compiled_with(kind, functions - order, order, squash)
     near = arguments["NEAR"]
     programs = min(tiles.across * tiles.down, triton.cdiv(GROUP_BACKWARD.programs, groups))
     partial = x.new_zeros(programs, groups, near, functions, dtype=torch.float32)
@@ -212,12 +212,13 @@ def _compact_like(x: Tensor, kind: str, size: int, order: int) -> tuple[Tensor, 
     return values, x.new_empty(x.shape, dtype=torch.int32)
 
 
-def _functions(kind: str, size: int, order: int, squash: str) -> dict[str, Any]:
+def compiled_with(kind: str, size: int, order: int, squash: str) -> dict[str, Any]:
+    """What a kernel is compiled with for a family."""
     return {"KIND": kind, "SIZE": size, "ORDER": order, "NEAR": _near(kind, size, order), "SQUASH": squash}
 
 
 @triton.jit
-def _squashed(x, SQUASH: tl.constexpr):
+def squashed(x, SQUASH: tl.constexpr):
     """squash(x) and its derivative. From exp(-|x|), which cannot overflow, and without the digits that 1 - t² loses."""
     if SQUASH == "tanh":
         e = tl.exp(-2.0 * tl.abs(x))
@@ -242,7 +243,7 @@ def _fused(x, SCALE: tl.constexpr, shift):
 
 
 @triton.jit
-def _local(x, KIND: tl.constexpr, SIZE: tl.constexpr, ORDER: tl.constexpr, NEAR: tl.constexpr):
+def near_functions(x, KIND: tl.constexpr, SIZE: tl.constexpr, ORDER: tl.constexpr, NEAR: tl.constexpr):
     """The number of the first function that counts at squashed x, NEAR values from it on, and their derivatives.
 
     Where x lies from the first one on, x·s + (c - first), is rounded once: as exact as x is, however fine the grid.
@@ -307,8 +308,8 @@ def _values_kernel(
     first_row = tl.program_id(0) // across * ROWS
     row, chunk, lane, mask = place(first_row, first_chunk, M, CHUNKS, ROWS, BLOCK, CHUNK)
     offset = (row * CHUNKS + chunk) * CHUNK + lane  # [ROWS·BLOCK·CHUNK], as all below
-    x, _ = _squashed(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32), SQUASH)
-    first, values, _ = _local(x, KIND, SIZE, ORDER, NEAR)
+    x, _ = squashed(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32), SQUASH)
+    first, values, _ = near_functions(x, KIND, SIZE, ORDER, NEAR)
     tl.store(first_pointer + offset, first, mask=mask)
     offset = (row * NEAR * CHUNKS + chunk) * CHUNK + lane
     for j in tl.static_range(NEAR):
@@ -337,8 +338,8 @@ def _slopes_kernel(
     first_row = tl.program_id(0) // across * ROWS
     row, chunk, lane, mask = place(first_row, first_chunk, M, CHUNKS, ROWS, BLOCK, CHUNK)
     offset = (row * CHUNKS + chunk) * CHUNK + lane  # [ROWS·BLOCK·CHUNK], as all below
-    x, squash_slope = _squashed(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32), SQUASH)
-    _, _, slopes = _local(x, KIND, SIZE, ORDER, NEAR)
+    x, squash_slope = squashed(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32), SQUASH)
+    _, _, slopes = near_functions(x, KIND, SIZE, ORDER, NEAR)
     many = (row * NEAR * CHUNKS + chunk) * CHUNK + lane
     slope = tl.zeros_like(x)
     for j in tl.static_range(NEAR):
@@ -369,8 +370,8 @@ def _group_kernel(
     first_row = tl.program_id(0) // across * ROWS
     row, chunk, lane, mask = place(first_row, first_chunk, M, CHUNKS, ROWS, BLOCK, CHUNK)
     offset = (row * CHUNKS + chunk) * CHUNK + lane  # [ROWS·BLOCK·CHUNK], as all below
-    x, _ = _squashed(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32), SQUASH)
-    first, values, _ = _local(x, KIND, SIZE, ORDER, NEAR)
+    x, _ = squashed(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32), SQUASH)
+    first, values, _ = near_functions(x, KIND, SIZE, ORDER, NEAR)
     near = coefficients + chunk // GROUP * (SIZE + ORDER) + first
     y = tl.zeros_like(x)
     for j in tl.static_range(NEAR):
@@ -435,9 +436,9 @@ def _group_backward_kernel(
         first_chunk = group * GROUP + tile % across * BLOCK
         row, chunk, lane, mask = place(tile // across * ROWS, first_chunk, M, (group + 1) * GROUP, ROWS, BLOCK, CHUNK)
         offset = (row * CHUNKS + chunk) * CHUNK + lane  # [N]
-        x, squash_slope = _squashed(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32), SQUASH)
+        x, squash_slope = squashed(tl.load(x_pointer + offset, mask=mask, other=0.0).to(tl.float32), SQUASH)
         dy = tl.load(dy_pointer + offset, mask=mask, other=0.0).to(tl.float32)  # 0 outside: nothing there counts
-        first, values, slopes = _local(x, KIND, SIZE, ORDER, NEAR)
+        first, values, slopes = near_functions(x, KIND, SIZE, ORDER, NEAR)
 
         slope = tl.zeros_like(x)  # [N]
         for j in tl.static_range(NEAR):

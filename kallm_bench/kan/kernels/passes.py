@@ -6,12 +6,15 @@ Both handle a tile of rows and channels at once and touch every byte once, so th
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kallm_bench.kan.kernels import local
+from kallm_bench.kan.kernels.families import Family
 from kallm_bench.kan.kernels.recurrence import following, squashed, through_slopes
 
 ROWS, CHANNELS = 8, 256
@@ -54,6 +57,42 @@ def _combine(x_ptr, gradients_ptr, dx_ptr, M, I, stride_x, stride_gradients, wid
 
 
 @triton.jit
+def _expand_local(x_ptr, features_ptr, M, I, stride_x, stride_features, width, D, KIND: tl.constexpr,
+                  SIZE: tl.constexpr, ORDER: tl.constexpr, NEAR: tl.constexpr, SQUASH: tl.constexpr, BM: tl.constexpr,
+                  BI: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    channels = tl.program_id(1) * BI + tl.arange(0, BI)
+    inside = (rows[:, None] < M) & (channels[None, :] < I)
+    x = tl.load(x_ptr + rows[:, None] * stride_x + channels[None, :], mask=inside, other=0.0)  # (BM, BI)
+    t, _ = local.squashed(x.to(tl.float32), SQUASH)
+    first, values, _ = local.near_functions(t, KIND, SIZE, ORDER, NEAR)
+    place = features_ptr + rows[:, None] * stride_features + channels[None, :]
+    for d in range(D):
+        value = tl.zeros_like(t)
+        for j in tl.static_range(NEAR):
+            value = tl.where(first + j == d, values[j], value)
+        tl.store(place + d * width, value.to(features_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _combine_local(x_ptr, gradients_ptr, dx_ptr, M, I, stride_x, stride_gradients, width, stride_dx,
+                   KIND: tl.constexpr, SIZE: tl.constexpr, ORDER: tl.constexpr, NEAR: tl.constexpr,
+                   SQUASH: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    channels = tl.program_id(1) * BI + tl.arange(0, BI)
+    inside = (rows[:, None] < M) & (channels[None, :] < I)
+    x = tl.load(x_ptr + rows[:, None] * stride_x + channels[None, :], mask=inside, other=0.0)  # (BM, BI)
+    t, squash_slope = local.squashed(x.to(tl.float32), SQUASH)
+    first, _, slopes = local.near_functions(t, KIND, SIZE, ORDER, NEAR)
+    place = gradients_ptr + rows[:, None] * stride_gradients + first.to(tl.int64) * width + channels[None, :]
+    total = tl.zeros_like(t)
+    for j in tl.static_range(NEAR):  # of all the gradients, only those that x can move
+        total += tl.load(place + j * width, mask=inside, other=0.0).to(tl.float32) * slopes[j]
+    dx = (total * squash_slope).to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + rows[:, None] * stride_dx + channels[None, :], dx, mask=inside)
+
+
+@triton.jit
 def _add_parts(parts_ptr, out_ptr, N, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -74,24 +113,40 @@ def _column_sums(dy_ptr, parts_ptr, M, O, stride_dy, ROWS: tl.constexpr, BM: tl.
     tl.store(parts_ptr + tl.program_id(0) * O + outs, tl.sum(total, 0), mask=outs < O)
 
 
-def expand(x: Tensor, features: Tensor, first: float, recurrence: tuple[tuple[float, ...], ...], squash: str) -> None:
-    """Writes P_1 .. P_D of squash(x), x (M, I), into features (M, D·I), degree by degree."""
-    M, I = x.shape
-    _expand[_tiles(M, I)](
-        x, features, M, I, x.stride(0), features.stride(0), I,
-        FIRST=first, R=recurrence, SQUASH=squash, BITS=bits_of(x.dtype), BM=ROWS, BI=CHANNELS,
-    )  # fmt: skip
+def expand(x: Tensor, features: Tensor, family: Family) -> None:
+    """Writes the D functions of squash(x), x (M, I), into features (M, D·I), function by function."""
+    (M, I), D = x.shape, family.functions
+    sizes = (x, features, M, I, x.stride(0), features.stride(0), I)
+    if family.kind == "polynomial":
+        _expand[_tiles(M, I)](*sizes, **_options(x, family))
+    else:
+        _expand_local[_tiles(M, I)](*sizes, D, **_local_options(family))
 
 
-def combine(
-    x: Tensor, gradients: Tensor, dx: Tensor, first: float, recurrence: tuple[tuple[float, ...], ...], squash: str
-) -> None:
+def combine(x: Tensor, gradients: Tensor, dx: Tensor, family: Family) -> None:
     """Writes dL/dx (M, I) from the gradients of the features (M, D·I)."""
     M, I = x.shape
-    _combine[_tiles(M, I)](
-        x, gradients, dx, M, I, x.stride(0), gradients.stride(0), I, dx.stride(0),
-        FIRST=first, R=recurrence, SQUASH=squash, BITS=bits_of(x.dtype), BM=ROWS, BI=CHANNELS,
-    )  # fmt: skip
+    sizes = (x, gradients, dx, M, I, x.stride(0), gradients.stride(0), I, dx.stride(0))
+    if family.kind == "polynomial":
+        _combine[_tiles(M, I)](*sizes, **_options(x, family))
+    else:
+        _combine_local[_tiles(M, I)](*sizes, **_local_options(family))
+
+
+def _options(x: Tensor, family: Family) -> dict[str, Any]:
+    return {
+        "FIRST": family.first,
+        "R": family.steps,
+        "SQUASH": family.squash,
+        "BITS": bits_of(x.dtype),
+        "BM": ROWS,
+        "BI": CHANNELS,
+    }
+
+
+def _local_options(family: Family) -> dict[str, Any]:
+    size, order = map(int, (*family.numbers, 0)[:2])
+    return {**local.compiled_with(family.kind, size, order, family.squash), "BM": ROWS, "BI": CHANNELS}
 
 
 def add_parts(parts: Tensor, out: Tensor) -> None:

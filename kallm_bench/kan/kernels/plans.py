@@ -1,4 +1,4 @@
-"""Which way each product of a polynomial layer goes: one fused kernel, or a bounded expansion and a library's product.
+"""Which way each product of a layer goes: one fused kernel, or a bounded expansion and a library's product.
 
 Fused wins where the products are small, the library where they are large; where one ends and the other begins is
 measured, for each of the three products. `plans.json` beside this file holds what won on which GPU at which sizes, and
@@ -106,7 +106,7 @@ def can(plan: Plan, degrees: int, fusible: bool) -> bool:
 
 
 def choose(operation: str, problem: Problem, device: torch.device, fusible: bool) -> Plan:
-    """The plan for a product; the library's wherever a kernel of ours cannot be, see `polynomial.fusible`."""
+    """The plan for a product; the library's wherever a kernel of ours cannot be, see `layer`."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return PLANS[operation][_chosen(operation, problem, gpu, fusible)]
 

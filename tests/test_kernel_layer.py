@@ -1,4 +1,4 @@
-"""The kernels of three-term polynomials against the bases themselves: in Triton's interpreter, or on a GPU if there."""
+"""The kernels of layers with a function on every edge against the bases: in Triton's interpreter, or on a GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import BASES, KANLinear, kan_linear, make_basis
-from kallm_bench.kan.bases.three_term import ThreeTerm
-from kallm_bench.kan.kernels import plans, polynomial
+from kallm_bench.kan import BASES, KANLinear, kan_linear, make_basis, ops
+from kallm_bench.kan.kernels import layer, library, plans
 from kallm_bench.kan.kernels.device import runs_on
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FAMILIES = sorted(name for name, family in BASES.items() if issubclass(family, ThreeTerm))
+FAMILIES = sorted(name for name in BASES if ops._family(make_basis(name)))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (3, 17, 5), (64, 64, 128), (70, 80, 200), (37, 48, 24)]  # rows, in, out
 REPEATS = 10 if DEVICE.type == "cuda" else 2  # the interpreter takes its time
@@ -43,7 +42,7 @@ def make_inputs(name: str, shape: tuple[int, int, int], dtype: torch.dtype, degr
     rows, inputs, outputs = shape
     generator = torch.Generator().manual_seed(0)
     basis = make_basis(name, degree=degree)
-    sizes = ((rows, inputs), (outputs, basis.size - 1, inputs), (outputs,), (rows, outputs))
+    sizes = ((rows, inputs), (outputs, basis.size - basis.constant, inputs), (outputs,), (rows, outputs))
     x, c, bias, dy = (torch.randn(size, generator=generator).to(dtype).to(DEVICE) for size in sizes)
     return [basis, x, c / inputs**0.5, bias, dy]
 
@@ -82,7 +81,7 @@ def test_a_kernel_is_as_accurate_as_the_reference(name: str, shape: tuple[int, i
 def test_every_plan_is_as_accurate_as_the_reference(
     operation: str, plan: str, shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(polynomial, "choose", lambda wanted, *rest: plans.PLANS[wanted][chosen[wanted]])
+    monkeypatch.setattr(layer, "choose", lambda wanted, *rest: plans.PLANS[wanted][chosen[wanted]])
     chosen = dict.fromkeys(plans.OPERATIONS, "library-16") | {operation: plan}
     if DEVICE.type == "cpu" or dtype != torch.float32:  # there are no fused kernels for float32 on a GPU
         can = [size % 8 == 0 for size in shape[1:]]
@@ -97,7 +96,7 @@ def test_every_plan_is_as_accurate_as_the_reference(
 def test_every_degree(name: str, degree: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fused = {"forward": "tile-64x128-narrow", "input_gradient": "tile-64x32", "coefficient_gradient": "tile-32x32"}
     monkeypatch.setattr(
-        polynomial, "choose", lambda wanted, *rest: plans.PLANS[wanted][fused[wanted] if way == "tile" else way]
+        layer, "choose", lambda wanted, *rest: plans.PLANS[wanted][fused[wanted] if way == "tile" else way]
     )
     assert_as_accurate(make_inputs(name, (70, 72, 40), torch.bfloat16, degree), torch.bfloat16)
 
@@ -105,13 +104,13 @@ def test_every_degree(name: str, degree: int, way: str, monkeypatch: pytest.Monk
 def test_a_chunk_ends_where_its_buffer_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks of rows, and of channels, the last ones ragged."""
     small = plans.Library(70_000)
-    monkeypatch.setattr(polynomial, "choose", lambda *all_of_it: small)
-    assert len(list(polynomial._chunks(torch.empty(300, 72), torch.float32, 2, small))) == 3
-    assert len(list(polynomial._channels(300, 40, 72, 2, torch.float32, small))) == 5
+    monkeypatch.setattr(layer, "choose", lambda *all_of_it: small)
+    assert len(list(library.chunks(torch.empty(300, 72), torch.float32, 2, small))) == 3
+    assert len(list(library.channel_chunks(300, 40, 72, 2, torch.float32, small))) == 5
     assert_as_accurate(make_inputs("cheby2", (300, 72, 40), torch.float32), torch.float32)
 
 
-@pytest.mark.parametrize("name", ["cheby2", "lucas"])
+@pytest.mark.parametrize("name", ["cheby2", "lucas", "bspline", "rbf"])
 @pytest.mark.parametrize("constant", ["bias", "edge"])
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,), (2, 0)], ids=str)
@@ -147,8 +146,8 @@ def test_only_the_gradients_that_are_wanted_are_computed(monkeypatch: pytest.Mon
     basis, x, c, bias, dy = make_inputs("cheby2", (8, 16, 8), torch.float32)
     called = []
     for name in ("input_gradient", "coefficient_gradient", "column_sums"):
-        real = getattr(polynomial, name)
-        monkeypatch.setattr(polynomial, name, lambda *a, n=name, f=real: (called.append(n), f(*a))[1])
+        real = getattr(layer, name)
+        monkeypatch.setattr(layer, name, lambda *a, n=name, f=real: (called.append(n), f(*a))[1])
     for leaf, wanted in ((x, "input_gradient"), (c, "coefficient_gradient"), (bias, "column_sums")):
         called.clear()
         y = kan_linear(*(t.detach() for t in (x, c)), basis, bias.detach(), backend="triton")
@@ -163,9 +162,9 @@ def test_gradients_are_the_same_bits_each_time() -> None:
     for plan in plans.PLANS["coefficient_gradient"]:
         basis, x, _, _, dy = make_inputs("cheby2", (5000 if DEVICE.type == "cuda" else 200, 72, 40), torch.bfloat16)
         steps = [number for n in range(2) for number in basis.step(n)]
-        runs = [polynomial.coefficient_gradient(dy, x, steps, 1.0, "tanh", plan) for _ in range(REPEATS)]
+        runs = [layer.coefficient_gradient(dy, x, "polynomial", [1.0, *steps], "tanh", plan) for _ in range(REPEATS)]
         assert all(torch.equal(run, runs[0]) for run in runs), plan
-        assert all(torch.equal(polynomial.column_sums(dy), polynomial.column_sums(dy)) for _ in range(REPEATS))
+        assert all(torch.equal(layer.column_sums(dy), layer.column_sums(dy)) for _ in range(REPEATS))
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
@@ -181,13 +180,13 @@ def test_autocast(autocast: torch.dtype) -> None:
 
 def test_operators_keep_their_promises() -> None:
     basis, x, c, bias, dy = make_inputs("cheby2", (4, 16, 8), torch.float32)
-    family = ([number for n in range(2) for number in basis.step(n)], 1.0, "tanh")
+    family = ("polynomial", [1.0, *(number for n in range(2) for number in basis.step(n))], "tanh")
     leaves = [tensor.requires_grad_() for tensor in (x, c, bias)]
-    torch.library.opcheck(torch.ops.kallm.polynomial, (*leaves, *family))
-    torch.library.opcheck(torch.ops.kallm.polynomial, (x, c, None, *family))
+    torch.library.opcheck(torch.ops.kallm.edge_functions, (*leaves, *family))
+    torch.library.opcheck(torch.ops.kallm.edge_functions, (x, c, None, *family))
     plain = [tensor.detach() for tensor in (dy, x, c)]
-    torch.library.opcheck(torch.ops.kallm.polynomial_input_gradient, (*plain, *family))
-    torch.library.opcheck(torch.ops.kallm.polynomial_coefficient_gradient, (*plain[:2], *family))
+    torch.library.opcheck(torch.ops.kallm.edge_functions_input_gradient, (*plain, *family))
+    torch.library.opcheck(torch.ops.kallm.edge_functions_coefficient_gradient, (*plain[:2], *family))
     torch.library.opcheck(torch.ops.kallm.column_sums, (plain[0],))
 
 
@@ -217,9 +216,11 @@ def test_a_backend_that_cannot_be_is_refused() -> None:
     with pytest.raises(SpecError, match="no kernel for basis 'fourier'"):
         kan_linear(x, torch.zeros(8, 8, 16), make_basis("fourier"), backend="triton")
     with pytest.raises(SpecError, match="no plan for the forward 'tile'"):
-        polynomial.polynomial(x, c, bias, [2.0, 0.0, 0.0] * 2, 1.0, "tanh", "tile")
-    with pytest.raises(SpecError, match="plan 'tile-128x256' cannot be for these tensors and 3 degrees"):
-        polynomial.polynomial(x, torch.zeros(8, 3, 16).to(x), bias, [2.0, 0.0, 0.0] * 3, 1.0, "tanh", "tile-128x256")
+        layer.edge_functions(x, c, bias, "polynomial", [1.0] + [2.0, 0.0, 0.0] * 2, "tanh", "tile")
+    with pytest.raises(SpecError, match="plan 'tile-128x256' cannot be for these tensors and 3 functions"):
+        layer.edge_functions(
+            x, torch.zeros(8, 3, 16).to(x), bias, "polynomial", [1.0] + [2.0, 0.0, 0.0] * 3, "tanh", "tile-128x256"
+        )
 
 
 def test_the_nearest_measured_size_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -251,5 +252,5 @@ def test_on_a_cpu_the_reference_is_the_default() -> None:
 
 
 def test_all_families_are_there() -> None:
-    assert {"cheby1", "legendre", "hermite", "jacobi", "hahn"} <= set(FAMILIES)
+    assert {"cheby1", "legendre", "hermite", "jacobi", "hahn", "bspline", "rbf"} <= set(FAMILIES)
     assert len(FAMILIES) >= 15
