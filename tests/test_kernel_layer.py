@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import BASES, KANLinear, kan_linear, make_basis, ops
+from kallm_bench.kan import BASES, GroupFunction, KANLinear, kan_linear, make_basis, ops
 from kallm_bench.kan.kernels import layer, library, plans
 from kallm_bench.kan.kernels.device import runs_on
+from kallm_bench.kan.ops import group_function
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAMILIES = sorted(name for name in BASES if ops._family(make_basis(name)))
@@ -76,7 +78,7 @@ def test_a_kernel_is_as_accurate_as_the_reference(name: str, shape: tuple[int, i
 
 
 @pytest.mark.parametrize(("operation", "plan"), NAMED, ids=str)
-@pytest.mark.parametrize("shape", [(1, 8, 8), (64, 64, 128), (136, 80, 200), (3, 17, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (64, 64, 128), (136, 80, 200), (200, 24, 16), (3, 17, 5)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_plan_is_as_accurate_as_the_reference(
     operation: str, plan: str, shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -128,9 +130,34 @@ def test_layers_of_every_kind(name: str, constant: str, linear: bool, batch: tup
         torch.testing.assert_close(of_kernel, of_reference)
 
 
+@pytest.mark.parametrize("name", ["rational", "rational-abs:groups=4", "bspline:grid=20", "rbf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_functions_of_groups(name: str, dtype: torch.dtype) -> None:
+    function = GroupFunction(32, name).to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in function.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator).to(DEVICE) / 4
+    x = torch.randn(3, 50, 32, generator=generator).to(DEVICE, dtype).requires_grad_()
+    wide = copy.deepcopy(function).double()
+    parameters = [*function.parameters()]
+
+    def results(backend: str, function: GroupFunction, x: torch.Tensor) -> list[torch.Tensor]:
+        y = group_function(x, function.basis, function.coefficients, backend)
+        gradients = torch.autograd.grad(y, [x, *function.parameters()], torch.ones_like(y))
+        return [tensor.detach().double() for tensor in (y, *gradients)]
+
+    truth = results("reference", wide, x.detach().double().requires_grad_())
+    for true, reference, kernel in zip(
+        truth, results("reference", function, x), results("triton", function, x), strict=True
+    ):
+        rounding = 4 * torch.finfo(dtype).eps * true.abs().max()
+        assert (kernel - true).abs().max() <= 2 * (reference - true).abs().max() + rounding
+    assert all(gradient.dtype == torch.float32 for gradient in torch.autograd.grad(function(x).sum(), parameters))
+
+
 def test_only_the_input_and_the_coefficients_are_saved() -> None:
-    for degree in (2, 8):
-        basis, x, c, bias, _ = make_inputs("cheby2", (64, 64, 128), torch.bfloat16, degree)
+    for name in ("cheby2:degree=2", "cheby2:degree=8", "bspline:grid=20", "rbf"):
+        basis, x, c, bias, _ = make_inputs(name, (64, 64, 128), torch.bfloat16)
         saved: list[torch.Tensor] = []
 
         def keep(tensor: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:

@@ -17,7 +17,7 @@ from kallm_bench.kan.bases.three_term import ThreeTerm
 
 if importlib.util.find_spec("triton"):  # Linux alone has it
     from kallm_bench.kan.kernels import layer, local, rational  # each registers operators in torch.ops.kallm
-    from kallm_bench.kan.kernels.device import runs_on
+    from kallm_bench.kan.kernels.device import runs_on as runs_on
 else:
 
     def runs_on(device: torch.device) -> bool:
