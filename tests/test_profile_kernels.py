@@ -211,12 +211,25 @@ def test_the_shipped_suite_has_every_shape_at_both_degrees_and_every_family() ->
     for basis in ("legendre:degree=2", "bspline:grid=5", "bspline:grid=20", "bspline:grid=50", "rbf:centers=8"):
         assert (576, 384, basis) in at
     functions = {(each.tokens, each.in_features, each.basis) for each in problems if each.out_features is None}
-    assert functions == {(tokens, 1536, b) for tokens in (16_384, 65_536) for b in ("rational", "rational-abs")}
+    families = ("rational", "rational-abs", "bspline:grid=5", "bspline:grid=50")
+    assert functions == {(tokens, 1536, basis) for tokens in (16_384, 65_536) for basis in families}
     assert all({"kallm", "limit"} <= set(each.contenders) for each in problems)
     assert {"inkan", "flashkan", "pykan"} <= {name for each in problems for name in each.contenders}
 
 
 # --- who may compete --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("basis", ["bspline:grid=5", "rbf"])
+def test_a_sparse_product_computes_the_same(basis: str) -> None:
+    found = figures(problem("sparse", "kallm", basis=basis), torch.float32)
+    assert found["relative_error/sparse"].value is not None
+    assert found["relative_error/sparse"].note == ""
+
+
+def test_a_sparse_product_needs_a_local_family() -> None:
+    found = figures(problem("sparse", "kallm", basis="cheby2"), torch.float32)
+    assert found["forward_seconds/sparse"].note == "every function of this family counts everywhere"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
