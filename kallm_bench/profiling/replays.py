@@ -40,6 +40,8 @@ class Timer:
 
     sample: Callable[[], float]
     note: str = ""
+    step: Step | None = None
+    """What a graph replays, kept: it holds the tensors whose addresses the graph knows."""
 
 
 def make_timer(step: Step, device: torch.device) -> Timer:
@@ -95,7 +97,7 @@ def _on_gpu(step: Step, device: torch.device) -> Timer:
 
         return _seconds(several, device) / (replays * calls)
 
-    return Timer(sample, note)
+    return Timer(sample, note, step)
 
 
 def _recorded(work: Callable[[], None], device: torch.device) -> tuple[Callable[[], None], str]:

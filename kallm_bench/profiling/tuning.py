@@ -39,6 +39,8 @@ def tune(problem: plans.Problem, device: torch.device, dtype: torch.dtype, repea
         timers: dict[str, Timer] = {}
         for name in plans.PLANS[operation]:
             step = functools.partial(step_of, name)
+            if not plans.can(plans.PLANS[operation][name], problem.degrees, plans.KINDS):
+                continue
             try:
                 timers[name] = make_timer(step, device)
             except Exception as error:  # too much shared memory, too many registers: Triton has many names for it

@@ -115,7 +115,7 @@ def _input_gradient(x, c, dy, dx, M, I, O, FIRST: tl.constexpr, R: tl.constexpr,
             added = added + (product(slopes, c.load([o, n, i]).reshape(BO, BI), gradients[n], PRECISION),)
         gradients = added
     t = squashed(x.load([row, i]).to(tl.float32), SQUASH, BITS)
-    dx.store([row, i], through_slopes(t, gradients, FIRST, R, SQUASH).to(dx.dtype))
+    dx.store([row, i], through_slopes(t, tl.zeros_like(t), gradients, FIRST, R, SQUASH).to(dx.dtype))
 
 
 @triton.jit

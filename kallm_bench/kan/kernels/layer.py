@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan.kernels import fused, library, passes
+from kallm_bench.kan.kernels import fused, hopper, library, passes
 from kallm_bench.kan.kernels.families import Family
-from kallm_bench.kan.kernels.plans import Library, Plan, Problem, Tile, can, choose, find_plan
+from kallm_bench.kan.kernels.hopper_plans import Piped, Specialised
+from kallm_bench.kan.kernels.plans import KINDS, Library, Plan, Problem, Tile, can, choose, find_plan
 
-WAYS: dict[type, ModuleType] = {Tile: fused, Library: library}
+WAYS: dict[type, ModuleType] = {Tile: fused, Specialised: hopper, Piped: hopper, Library: library}
 """The module that follows each kind of plan. All have the same three functions."""
 
 
@@ -130,10 +131,12 @@ def _prepared(
 
 def _plan(operation: str, name: str, family: Family, rows: Tensor, outputs: int, tensors: tuple[Tensor, ...]) -> Plan:
     """The plan that is named, or the one chosen. SpecError for one that cannot be."""
-    fusible = family.kind == "polynomial" and fused.reachable(*tensors)
+    kinds: tuple[type, ...] = (Library,)
+    if family.kind == "polynomial" and fused.reachable(*tensors):
+        kinds = KINDS if rows.device.type == "cuda" else (Library, Tile)
     if not name:
-        return choose(operation, Problem(len(rows), rows.shape[1], outputs, family.functions), rows.device, fusible)
+        return choose(operation, Problem(len(rows), rows.shape[1], outputs, family.functions), rows.device, kinds)
     plan = find_plan(operation, name)
-    if not can(plan, family.functions, fusible):
+    if not can(plan, family.functions, kinds):
         raise SpecError(f"plan '{name}' cannot be for these tensors and {family.functions} functions")
     return plan

@@ -52,7 +52,7 @@ def _combine(x_ptr, gradients_ptr, dx_ptr, M, I, stride_x, stride_gradients, wid
     gradients = ()
     for n in tl.static_range(len(R)):
         gradients = gradients + (tl.load(place + n * width, mask=inside, other=0.0).to(tl.float32),)
-    dx = through_slopes(t, gradients, FIRST, R, SQUASH)
+    dx = through_slopes(t, tl.zeros_like(t), gradients, FIRST, R, SQUASH)
     tl.store(dx_ptr + rows[:, None] * stride_dx + channels[None, :], dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 

@@ -21,6 +21,7 @@ import torch
 
 from kallm_bench.errors import SpecError, unknown
 from kallm_bench.files import cache_folder, write_file
+from kallm_bench.kan.kernels.hopper_plans import SPECIALISED, Piped, Specialised
 
 OPERATIONS = ("forward", "input_gradient", "coefficient_gradient")
 SHIPPED = Path(__file__).with_name("plans.json")
@@ -52,7 +53,8 @@ class Library:
     buffer_bytes: int
 
 
-Plan = Tile | Library
+Plan = Tile | Library | Specialised | Piped
+KINDS: tuple[type, ...] = (Tile, Library, Specialised, Piped)
 
 PLANS: dict[str, dict[str, Plan]] = {
     "forward": {
@@ -69,6 +71,9 @@ PLANS: dict[str, dict[str, Plan]] = {
         "tile-128x128": Tile(128, 128, (64, 1, 0), 3, 8, degrees=2),
         "tile-64x64": Tile(64, 64, (64, 1, 0), 3, 4, degrees=4),
         "tile-64x32": Tile(64, 32, (64, 1, 0), 3, 4, degrees=8),
+        "pipe-64": Piped(1, 3, 2, degrees=2),
+        "pipe-64-long": Piped(1, 4, 1, degrees=4),
+        "pipe-128": Piped(2, 4, 1, degrees=2),
     },
     "coefficient_gradient": {
         "tile-64x128": Tile(64, 64, (128, 1, 0), 3, 4, degrees=2),
@@ -76,7 +81,8 @@ PLANS: dict[str, dict[str, Plan]] = {
         "tile-32x32": Tile(32, 64, (32, 1, 0), 3, 4, degrees=8),
     },
 }
-for _plans in PLANS.values():
+for _operation, _plans in PLANS.items():
+    _plans.update(SPECIALISED.get(_operation, {}))
     _plans.update({f"library-{mib}": Library(mib * 2**20) for mib in (16, 32, 48)})
 
 
@@ -100,24 +106,24 @@ def find_plan(operation: str, name: str) -> Plan:
     return PLANS[operation][name]
 
 
-def can(plan: Plan, degrees: int, fusible: bool) -> bool:
-    """Whether a plan can be: the library's always, a kernel where operands and degrees allow it."""
-    return isinstance(plan, Library) or (fusible and degrees <= plan.degrees)
+def can(plan: Plan, degrees: int, kinds: tuple[type, ...]) -> bool:
+    """Whether a plan is of one of these kinds, and has room for so many degrees."""
+    return isinstance(plan, kinds) and (isinstance(plan, Library) or degrees <= plan.degrees)
 
 
-def choose(operation: str, problem: Problem, device: torch.device, fusible: bool) -> Plan:
-    """The plan for a product; the library's wherever a kernel of ours cannot be, see `layer`."""
+def choose(operation: str, problem: Problem, device: torch.device, kinds: tuple[type, ...]) -> Plan:
+    """The plan for a product among those of these kinds; the library's where none was measured on this GPU."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return PLANS[operation][_chosen(operation, problem, gpu, fusible)]
+    return PLANS[operation][_chosen(operation, problem, gpu, kinds)]
 
 
 @functools.cache
-def _chosen(operation: str, problem: Problem, gpu: str, fusible: bool) -> str:
+def _chosen(operation: str, problem: Problem, gpu: str, kinds: tuple[type, ...]) -> str:
     found = [
         entry
         for entry in measured()
         if (entry["gpu"], entry["operation"]) == (gpu, operation)
-        and can(PLANS[operation][entry["plan"]], problem.degrees, fusible)
+        and can(PLANS[operation][entry["plan"]], problem.degrees, kinds)
     ]
     return str(min(found, key=lambda entry: _distance(entry, problem))["plan"]) if found else "library-16"
 

@@ -64,9 +64,12 @@ def following(t, value, before, n: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def through_slopes(t, gradients, FIRST: tl.constexpr, R: tl.constexpr, SQUASH: tl.constexpr):
-    """dL/dx from t = squash(x) and `gradients`, a tuple of dL/dP_1, dL/dP_2, ..: Σ_n gradients[n] P'_{n+1}(t) dt/dx."""
-    before = tl.zeros_like(t)
+def through_slopes(t, zeros, gradients, FIRST: tl.constexpr, R: tl.constexpr, SQUASH: tl.constexpr):
+    """dL/dx from t = squash(x) and `gradients`, a tuple of dL/dP_1, dL/dP_2, ..: Σ_n gradients[n] P'_{n+1}(t) dt/dx.
+
+    `zeros` is a tensor like t of nothing else, which Triton and Gluon make each in its own way.
+    """
+    before = zeros
     value = before + FIRST
     slope_before = before
     slope = before

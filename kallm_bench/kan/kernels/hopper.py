@@ -1,0 +1,122 @@
+"""Launches the kernels of `hopper_kernels`, by the plans of `hopper_plans`."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kallm_bench.kan.kernels import passes
+from kallm_bench.kan.kernels.families import Family
+from kallm_bench.kan.kernels.hopper_plans import Piped, Specialised
+
+PIECE = 64
+"""Columns of y that a persistent program writes at once."""
+
+
+def forward(x: Tensor, coefficients: Tensor, bias: Tensor | None, y: Tensor, family: Family, plan: Specialised) -> None:
+    """Writes y (M, O) of x (M, I), coefficients (O, D, I) and bias (O,).
+
+    A family of polynomials, M > 0, D at most plan.degrees, on a Hopper GPU; all but the bias as `fused.reachable` says.
+    """
+    (M, I), O, (wide, narrow) = x.shape, len(coefficients), plan.outputs
+    kernels, (features, ring) = _kernels(), plan.rings[family.functions - 1]
+    tiles = triton.cdiv(M, plan.rows) * triton.cdiv(O, wide + narrow)
+    # A program orders coefficients as far ahead as their ring is long. If that were further than its next tile, it gets
+    # no next tile: so few inputs make so small a tile that starting a program for it costs nothing worth saving.
+    reach = triton.cdiv(ring, family.functions) * plan.inputs
+    programs = min(tiles, _processors(x.device)) if plan.persistent and reach <= I else tiles
+    # Where y goes through the ring of coefficients it is swizzled no further than that, whose alignment it shares.
+    widths, swizzle = ((PIECE, min(PIECE, narrow)), 128) if plan.persistent else ((wide, narrow), 2 * plan.inputs)
+    read = y if bias is None else bias  # without a bias nothing is read there
+    kernels.forward[(programs,)](
+        _matrix(x, plan.rows, plan.inputs), _matrix(coefficients, wide, 1, plan.inputs),
+        _matrix(coefficients, narrow, 1, plan.inputs), _matrix(y, plan.rows, widths[0], swizzle=swizzle),
+        _matrix(y, plan.rows, widths[1], swizzle=swizzle), read, M, I, O, BIAS=bias is not None,
+        WIDE=wide, NARROW=narrow, FS=features, CS=ring, PERSISTENT=plan.persistent,
+        **_options(x, family, plan),
+    )  # fmt: skip
+
+
+def coefficient_gradient(x: Tensor, dy: Tensor, dc: Tensor, family: Family, plan: Specialised) -> None:
+    """Writes dc (O, D, I), contiguous, of x (M, I) and dy (M, O), on the terms of `forward`; the same bits each time.
+
+    The rows go in as many parts as keep every processor busy once, which are added in the same order each time.
+    """
+    (M, I), (O, D, _) = x.shape, dc.shape
+    kernels, (features, ring) = _kernels(), plan.rings[D - 1]
+    (width,) = plan.outputs
+    tiles = triton.cdiv(I, plan.inputs) * triton.cdiv(O, width)
+    span = triton.cdiv(triton.cdiv(M, max(1, _processors(x.device) // tiles)), plan.rows) * plan.rows
+    count = triton.cdiv(M, span)
+    parts = dc[None] if count == 1 else torch.empty((count, O, D, I), dtype=torch.float32, device=x.device)
+    kernels.coefficient_gradient[(count * tiles,)](
+        _matrix(x, plan.rows, plan.inputs), _matrix(dy, plan.rows, width), parts, M, I, O, span, BO=width,
+        GROUP=2 if D % 2 == 0 else 1, FS=features, CS=ring, **_options(x, family, plan),
+    )  # fmt: skip
+    if count > 1:
+        passes.add_parts(parts, dc)
+
+
+def input_gradient(x: Tensor, coefficients: Tensor, dy: Tensor, dx: Tensor, family: Family, plan: Piped) -> None:
+    """Writes dx (M, I) of x (M, I), coefficients (O, D, I) and dy (M, O), on the terms of `forward`."""
+    from kallm_bench.kan.kernels import hopper_slopes  # Gluon; see hopper_kernels
+
+    (M, I), O, rows = x.shape, len(coefficients), 128
+    tiles = triton.cdiv(M, rows) * triton.cdiv(I, plan.pieces * PIECE)
+    hopper_slopes.input_gradient[(min(tiles, plan.programs * _processors(x.device)),)](
+        _matrix(x, rows, PIECE), _matrix(coefficients, PIECE, 1, PIECE), _matrix(dy, rows, PIECE),
+        _matrix(dx, rows, PIECE), M, I, O, FIRST=family.first, R=family.steps, SQUASH=family.squash,
+        BITS=passes.bits_of(x.dtype), PIECES=plan.pieces, RUNS=_runs(plan.pieces * family.functions),
+        STAGES=plan.stages, num_warps=8, maxnreg=128 if plan.programs > 1 else None,
+    )  # fmt: skip
+
+
+def _runs(blocks: int) -> tuple[tuple[int, int], ...]:
+    """Blocks in runs of 4, 2 or 1, the most that share a product: (how many, number of the first) each."""
+    runs, first = [], 0
+    while first < blocks:
+        size = next(size for size in (4, 2, 1) if size <= blocks - first)
+        runs.append((size, first))
+        first += size
+    return tuple(runs)
+
+
+def _kernels() -> ModuleType:
+    from kallm_bench.kan.kernels import hopper_kernels  # Gluon; see there
+
+    return hopper_kernels
+
+
+def _options(x: Tensor, family: Family, plan: Specialised) -> dict[str, Any]:
+    return {
+        "FIRST": family.first,
+        "R": family.steps,
+        "SQUASH": family.squash,
+        "BITS": passes.bits_of(x.dtype),
+        "BM": plan.rows,
+        "BI": plan.inputs,
+        "XS": plan.x_tiles,
+        "ROWS": plan.at_once,
+        "EXPANDERS": plan.expanders,
+        "REGISTERS": plan.registers,
+        "num_warps": 8,  # those that multiply; Triton adds the others
+    }
+
+
+def _matrix(tensor: Tensor, *block: int, swizzle: int = 128) -> Any:
+    """A descriptor of a tensor of two bytes an element: in tiles of this size, swizzled as tensor cores want it."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(min(swizzle, 2 * block[-1]), 16, len(block))
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block), layout)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

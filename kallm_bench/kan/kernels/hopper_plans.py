@@ -1,0 +1,98 @@
+"""How the kernels in which warps divide the work are cut for Hopper: tiles, rings and registers, as data alone.
+
+Every plan here keeps what `hopper_kernels` needs: its tiles fit together, its rings are long enough, and all of them
+fit into the shared memory that one program may have. A test counts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """A kernel of eight warps that multiply, and of others that expand what they multiply by.
+
+    Args:
+        rows, inputs: of a tile.
+        outputs: of a tile: the widths of its two accumulators in the forward; in the coefficient gradient of its one.
+        x_tiles: room for so many tiles of x.
+        rings: for D = 1, 2, ..: room for so many tiles of features, and of the other operand. In the forward a tile of
+            features is of one degree, and with room for D alone nothing would be expanded while the last step is
+            multiplied; in the gradient it is of all degrees.
+        expanders: warps that expand, 4 or 8.
+        registers: of each of their threads. What is left goes to the threads that multiply.
+        at_once: rows of a tile that they expand together; the more, the better one value's delay hides another's.
+        persistent: whether a program makes one tile after another, and writes one while it makes the next.
+    """
+
+    rows: int
+    outputs: tuple[int, ...]
+    inputs: int
+    x_tiles: int
+    rings: tuple[tuple[int, int], ...]
+    expanders: int
+    registers: int
+    at_once: int
+    persistent: bool = False
+
+    @property
+    def degrees(self) -> int:
+        """The most that it has room for."""
+        return len(self.rings)
+
+
+# A name says rows x outputs x inputs of a tile. Rings are as long as shared memory lets them be, features first, until
+# two steps of them fit. Outputs of 384 and 288 leave nothing over in layers of 384, 576 and 1536; wider tiles than 384
+# would not leave a thread the registers to multiply.
+@dataclass(frozen=True)
+class Piped:
+    """The input gradient's kernel for Hopper.
+
+    Args:
+        pieces: of 64 inputs, in a tile of 128 rows.
+        stages: how many tiles of dy and coefficients are on their way at once.
+        programs: on a processor; two share its registers.
+        degrees: the most that there are registers and shared memory for.
+    """
+
+    pieces: int
+    stages: int
+    programs: int
+    degrees: int
+
+
+SPECIALISED: dict[str, dict[str, Specialised]] = {
+    "forward": {
+        "warps-128x384x32": Specialised(
+            rows=128, outputs=(256, 128), inputs=32, x_tiles=2, rings=((6, 6), (6, 6), (6, 6), (8, 5)),
+            expanders=4, registers=40, at_once=64,
+        ),
+        "warps-128x384x32-persistent": Specialised(
+            rows=128, outputs=(256, 128), inputs=32, x_tiles=2, rings=((4, 5), (4, 5), (6, 5), (7, 5)),
+            expanders=4, registers=40, at_once=64, persistent=True,
+        ),
+        "warps-128x288x64": Specialised(
+            rows=128, outputs=(256, 32), inputs=64, x_tiles=1, rings=((4, 3), (4, 3), (5, 3), (6, 3)),
+            expanders=4, registers=56, at_once=32,
+        ),
+        "warps-128x288x64-persistent": Specialised(
+            rows=128, outputs=(256, 32), inputs=64, x_tiles=1, rings=((4, 3), (4, 3), (5, 2), (6, 2)),
+            expanders=4, registers=56, at_once=32, persistent=True,
+        ),
+        "warps-128x288x32-persistent": Specialised(
+            rows=128, outputs=(256, 32), inputs=32, x_tiles=2, rings=((4, 6), (4, 6), (6, 6), (8, 6)),
+            expanders=4, registers=56, at_once=64, persistent=True,
+        ),
+    },
+    "coefficient_gradient": {
+        "warps-64x128x64": Specialised(
+            rows=64, outputs=(128,), inputs=64, x_tiles=2, rings=((3, 4), (3, 4), (3, 4), (3, 4)),
+            expanders=8, registers=72, at_once=64,
+        ),
+        "warps-64x256x64": Specialised(
+            rows=64, outputs=(256,), inputs=64, x_tiles=2, rings=((3, 4), (3, 4)),
+            expanders=8, registers=72, at_once=64,
+        ),
+    },
+}  # fmt: skip

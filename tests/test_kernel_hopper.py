@@ -1,0 +1,138 @@
+"""The kernels in which warps divide the work, on a Hopper GPU; and anywhere, that each of their plans fits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import DEVICE, assert_as_exact, poisoned
+from test_kernel_layer import make_inputs, output_and_gradients
+from torch import Tensor
+
+from kallm_bench.kan import ops
+from kallm_bench.kan.kernels import hopper
+from kallm_bench.kan.kernels.families import Family
+from kallm_bench.kan.kernels.hopper_plans import SPECIALISED, Specialised
+
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
+SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
+BARRIERS = 2048  # bytes, at most, and what Triton hands to the other warps
+SHAPES = [(136, 80, 200), (1000, 200, 136), (128, 64, 128), (300, 136, 520)]  # rows, in, out
+REPEATS = 10
+NAMED = [
+    (operation, name, degree)
+    for operation, plans in SPECIALISED.items()
+    for name, plan in plans.items()
+    for degree in range(1, plan.degrees + 1)
+]
+
+
+def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
+    skipped = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU, whose tensor cores these kernels use")
+    marked: Callable[..., None] = pytest.mark.gpu(skipped(test))
+    return marked
+
+
+def run(operation: str, plan: Specialised, basis: Any, x: Tensor, c: Tensor, bias: Tensor | None, dy: Tensor) -> Tensor:
+    """y, or dc, in memory that was not cleared."""
+    found = ops._family(basis)
+    assert found
+    family = Family(found[0], tuple(found[1]), basis.squash)
+    with poisoned():
+        out = torch.empty_like(dy if operation == "forward" else c, memory_format=torch.contiguous_format)
+        if operation == "forward":
+            hopper.forward(x, c, bias, out, family, plan)
+        else:
+            hopper.coefficient_gradient(x, dy, out, family, plan)
+        torch.cuda.synchronize()
+    return out
+
+
+def assert_as_accurate(operation: str, out: Tensor, inputs: list[Any], dtype: torch.dtype) -> None:
+    what = "y" if operation == "forward" else "dc"
+    truth, reference = (
+        {what: output_and_gradients("reference", kind, *inputs)[what]} for kind in (torch.float64, dtype)
+    )
+    assert_as_exact(truth, reference, {what: out}, dtype)
+
+
+@on_hopper
+@pytest.mark.parametrize("processors", [3, 132])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("operation", "name", "degree"), NAMED, ids=str)
+def test_every_plan_is_as_accurate_as_the_reference_and_the_same_bits_each_time(
+    operation: str,
+    name: str,
+    degree: int,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    processors: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With 3 processors persistent programs make several tiles, and rows are not parted; with 132 they are."""
+    monkeypatch.setattr(hopper, "_processors", lambda device: processors)
+    inputs = make_inputs("cheby2", shape, dtype, degree)
+    outs = [run(operation, SPECIALISED[operation][name], *inputs) for _ in range(REPEATS)]
+    assert_as_accurate(operation, outs[0], inputs, dtype)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@on_hopper
+@pytest.mark.parametrize("family", ["charlier", "laguerre", "lucas"])  # with a sigmoid; with B; with P_0 = 2
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("operation", "name"), [(o, name) for o, plans in SPECIALISED.items() for name in plans])
+def test_every_family(operation: str, name: str, dtype: torch.dtype, family: str) -> None:
+    plan = SPECIALISED[operation][name]
+    inputs = make_inputs(family, (300, 72, 40), dtype, min(3, plan.degrees))
+    assert_as_accurate(operation, run(operation, plan, *inputs), inputs, dtype)
+
+
+@on_hopper
+@pytest.mark.parametrize(("operation", "name"), [(o, name) for o, plans in SPECIALISED.items() for name in plans])
+def test_what_lies_around_is_not_read(operation: str, name: str) -> None:
+    """x, dy and the coefficients as parts of larger tensors, full of NaN elsewhere; and no bias."""
+    plan, dtype = SPECIALISED[operation][name], torch.bfloat16
+    basis, x, c, bias, dy = make_inputs("cheby2", (136, 80, 200), dtype, 2)
+
+    def within(tensor: Tensor, *more: int) -> Tensor:
+        """The same values, at the end of the first dimension and at the start of the last."""
+        around = torch.full([size + by for size, by in zip(tensor.shape, more, strict=True)], torch.nan)
+        part = around.to(tensor)[8:, ..., : tensor.shape[-1]]
+        part = part[:, 1:] if tensor.ndim == 3 else part
+        return part.copy_(tensor)
+
+    apart = run(operation, plan, basis, within(x, 8, 8), within(c, 8, 1, 16), None, within(dy, 8, 24))
+    assert_as_accurate(operation, apart, [basis, x, c, torch.zeros_like(bias), dy], dtype)
+
+
+@pytest.mark.parametrize(("operation", "name", "degree"), NAMED, ids=str)
+def test_every_plan_fits(operation: str, name: str, degree: int) -> None:
+    plan = SPECIALISED[operation][name]
+    features, ring = plan.rings[degree - 1]
+    tile, wide = plan.rows * plan.inputs, sum(plan.outputs)
+    if operation == "forward":
+        elements = (plan.x_tiles + features) * tile + ring * wide * plan.inputs
+        elements += 2 * plan.rows * hopper.PIECE * plan.persistent
+        assert features > degree  # something is expanded while the last step is multiplied
+        assert plan.persistent or ring * plan.inputs >= plan.rows  # y goes through the coefficients' ring
+        assert plan.outputs[0] % hopper.PIECE == 0
+        sums = plan.rows * wide
+    else:
+        elements = (plan.x_tiles + features * degree) * tile + ring * plan.rows * wide
+        assert features > 1
+        sums = wide * degree * plan.inputs
+    assert 2 * elements + BARRIERS <= SHARED_MEMORY
+    assert plan.rows % plan.at_once == plan.at_once % (plan.expanders * 256 // plan.inputs) == 0
+    registers = 65_536 // (32 * (8 + plan.expanders)) // 8 * 8  # of each thread, before any are given away
+    multiplying = ((8 + plan.expanders) * registers - plan.expanders * plan.registers) // 8
+    assert sums // 256 + 24 <= multiplying // 8 * 8
+
+
+def test_gluon_is_not_imported_before_a_kernel_is_launched() -> None:
+    program = "import sys, kallm_bench.kan.kernels.hopper; sys.exit('triton.experimental.gluon' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
