@@ -120,7 +120,7 @@ class Judge:
 
     @cached_property
     def allowed(self) -> dict[str, float]:
-        rounding = 4 * torch.finfo(self.setup.dy.dtype).eps
+        rounding = 4 * torch.finfo(self.setup.dy.dtype).eps + 16 * torch.finfo(torch.float32).eps  # sums of many rows
         return {what: 2 * error + rounding for what, error in self._errors(plain_layer(self.setup)).items()}
 
     def _errors(self, contender: Contender) -> dict[str, float]:
