@@ -14,6 +14,7 @@ from kallm_bench.kan import BASES, GroupFunction, KANLinear, kan_linear, make_ba
 from kallm_bench.kan.kernels import layer, library, plans
 from kallm_bench.kan.kernels.device import runs_on
 from kallm_bench.kan.ops import group_function
+from kallm_bench.profiling import tuning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAMILIES = sorted(name for name in BASES if ops._family(make_basis(name)))
@@ -265,8 +266,8 @@ def test_the_nearest_measured_size_decides(monkeypatch: pytest.MonkeyPatch, tmp_
     sizes = {"tile-64x384": plans.Problem(16384, 576, 384, 2), "library-32": plans.Problem(16384, 4096, 4096, 2)}
     try:
         for plan, problem in sizes.items():
-            plans.remember("A GPU", "forward", problem, "tile-128x128")
-            plans.remember("A GPU", "forward", problem, plan)
+            plans.remember("A GPU", "forward", problem, "tile-128x128", {})
+            plans.remember("A GPU", "forward", problem, plan, {plan: 1e-6})
         assert plans._chosen("forward", plans.Problem(8192, 512, 512, 2), "A GPU", ANYWHERE) == "tile-64x384"
         assert plans._chosen("forward", plans.Problem(16384, 8192, 2048, 3), "A GPU", ANYWHERE) == "library-32"
         assert plans._chosen("forward", plans.Problem(8192, 512, 512, 2), "A GPU", (plans.Library,)) == "library-32"
@@ -281,6 +282,8 @@ def test_what_was_measured_names_plans_there_are() -> None:
     for entry in plans.measured():
         assert entry["plan"] in plans.PLANS[entry["operation"]]
         assert all(entry[key] > 0 for key in ("rows", "inputs", "outputs", "degrees"))
+        times = {name: time for name, time in entry["microseconds"].items() if name != tuning.LIMIT}
+        assert times[entry["plan"]] <= min(times.values()) * (1 + tuning.CLOSE) + 0.1, entry  # they are rounded
 
 
 def test_on_a_cpu_the_reference_is_the_default() -> None:

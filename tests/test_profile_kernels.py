@@ -19,8 +19,9 @@ from conftest import Run
 from torch import Tensor, nn
 
 from kallm_bench import suites
-from kallm_bench.errors import KallmError, SuiteError
-from kallm_bench.profiling import KernelProblem, KernelSettings, contenders, measure_kernels, problems_by_hand
+from kallm_bench.errors import DeviceError, KallmError, SuiteError
+from kallm_bench.kan.kernels import plans
+from kallm_bench.profiling import KernelProblem, KernelSettings, contenders, measure_kernels, problems_by_hand, tuning
 from kallm_bench.profiling.replays import Timer, sample_in_turn, saved_bytes
 from kallm_bench.records import Metric, ResultsStore, RunRecord
 from kallm_bench.reporting import build_tables, to_csv, to_json, to_markdown
@@ -506,3 +507,32 @@ def test_on_a_gpu_graphs_are_replayed_and_memory_is_known(shape: Any) -> None:
             assert "without a CUDA graph" not in metrics[f"{timing}/{name}"].note
     assert metrics[f"saved_bytes/{'linear' if shape[1] else 'gelu'}"].value == 0
     assert (metrics["peak_bytes/reference"].value or 0) > 512 * 64 * 2
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_times_the_products_beside_their_limits() -> None:
+    shapes = {"forward": (64, 16), "input_gradient": (64, 24), "coefficient_gradient": (16, 2, 24)}
+    steps = tuning._steps(plans.Problem(64, 24, 16, 2), torch.device("cpu"), torch.float32)
+    for operation, (step, limit) in steps.items():
+        assert step("library-16", 5).shape == shapes[operation]
+        assert limit(5).ndim == 2
+    assert tuning.fastest({"limit": 1.0, "a": 2.01, "b": 2.0, "c": 3.0}) == "a"  # as good as b, and before it
+    with pytest.raises(DeviceError, match="on an NVIDIA GPU"):
+        tuning.tune(plans.Problem(64, 24, 16, 2), torch.device("cpu"), torch.float32, 2)
+    with pytest.raises(DeviceError, match="nothing to tune"):
+        tuning.sizes_of(problems_by_hand(["576x384"], ["rbf"], 64))
+    assert tuning.sizes_of(problems_by_hand([], [], 64))[0] == plans.Problem(64, 576, 384, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_tuning_finds_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KALLM_CACHE", str(tmp_path))
+    size, device = plans.Problem(512, 64, 72, 2), torch.device("cuda")
+    measured = tuning.tune(size, device, torch.bfloat16, 2)
+    for operation, seconds in measured.items():
+        assert {"limit", "library-16"} <= set(seconds)
+        chosen = plans.choose(operation, size, device, plans.KINDS)
+        assert chosen == plans.PLANS[operation][tuning.fastest(seconds)]

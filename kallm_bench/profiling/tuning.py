@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from kallm_bench.errors import DeviceError
+from kallm_bench.errors import DeviceError, SpecError
 from kallm_bench.kan.bases import make_basis
 from kallm_bench.kan.bases.three_term import ThreeTerm
 from kallm_bench.kan.kernels import layer, plans
 from kallm_bench.profiling.problems import KernelProblem
-from kallm_bench.profiling.replays import Timer, make_timer, sample_in_turn
+from kallm_bench.profiling.replays import make_timer, sample_in_turn
 
 CLOSE = 0.01
 """A plan must be faster than the one before it in PLANS by more than this share: a nearer race is decided by noise."""
@@ -22,12 +22,15 @@ CLOSE = 0.01
 INPUT_SETS = 4
 """Taken in turn, so that no input is still in the cache from the call before."""
 
+LIMIT = "limit"
+"""The name under which the library's product alone is timed, on features that lie ready."""
+
 
 def tune(problem: plans.Problem, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, dict[str, float]]:
     """Measures every plan at this size, as degrees of cheby2, and remembers the fastest of each operation.
 
     Returns:
-        Operation -> plan -> median seconds, without the plans that cannot be here.
+        Operation -> plan -> median seconds, without the plans that cannot be here, and with LIMIT.
 
     Raises:
         DeviceError: no GPU.
@@ -35,20 +38,22 @@ def tune(problem: plans.Problem, device: torch.device, dtype: torch.dtype, repea
     if device.type != "cuda":
         raise DeviceError("plans are measured on an NVIDIA GPU; this device is the CPU")
     measured = {}
-    for operation, step_of in _steps(problem, device, dtype).items():
-        timers: dict[str, Timer] = {}
-        for name in plans.PLANS[operation]:
-            step = functools.partial(step_of, name)
-            if not plans.can(plans.PLANS[operation][name], problem.degrees, plans.KINDS):
+    for operation, (step_of, limit) in _steps(problem, device, dtype).items():
+        timers = {LIMIT: make_timer(limit, device)}
+        for name, plan in plans.PLANS[operation].items():
+            if not plans.can(plan, problem.degrees, plans.KINDS):
                 continue
             try:
-                timers[name] = make_timer(step, device)
+                timers[name] = make_timer(functools.partial(step_of, name), device)
+            except SpecError:  # not on this GPU, or not at this size
+                continue
             except Exception as error:  # too much shared memory, too many registers: Triton has many names for it
                 if "resource" not in str(error).lower():
                     raise
         samples = sample_in_turn(timers, repeats)
         measured[operation] = {name: statistics.median(each) for name, each in samples.items()}
-        plans.remember(torch.cuda.get_device_name(device), operation, problem, fastest(measured[operation]))
+        gpu = torch.cuda.get_device_name(device)
+        plans.remember(gpu, operation, problem, fastest(measured[operation]), measured[operation])
     return measured
 
 
@@ -71,12 +76,16 @@ def sizes_of(problems: Iterable[KernelProblem]) -> list[plans.Problem]:
 
 def fastest(seconds: dict[str, float]) -> str:
     """The first plan that no other beats by more than CLOSE."""
-    best = min(seconds.values())
-    return next(name for name, each in seconds.items() if each <= best * (1 + CLOSE))
+    times = {name: each for name, each in seconds.items() if name != LIMIT}
+    best = min(times.values())
+    return next(name for name, each in times.items() if each <= best * (1 + CLOSE))
 
 
-def _steps(problem: plans.Problem, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., object]]:
-    """Each operation as a call with the plan's name and the number of the call."""
+Steps = tuple[Callable[[str, int], Tensor], Callable[[int], Tensor]]
+"""A product by the plan of a name, and the limit for it; both take the number of the call."""
+
+
+def _steps(problem: plans.Problem, device: torch.device, dtype: torch.dtype) -> dict[str, Steps]:
     basis = make_basis("cheby2", degree=problem.degrees)
     assert isinstance(basis, ThreeTerm)
     numbers = [basis.first, *(number for n in range(problem.degrees) for number in basis.step(n))]
@@ -87,19 +96,27 @@ def _steps(problem: plans.Problem, device: torch.device, dtype: torch.dtype) -> 
 
     xs, dys = drawn(problem.rows, problem.inputs), drawn(problem.rows, problem.outputs)
     c, bias = drawn(problem.outputs, problem.degrees, problem.inputs)[0], drawn(problem.outputs)[0]
+    ready, weights = drawn(problem.rows, problem.degrees * problem.inputs), c.flatten(1)
 
     def forward(plan: str, number: int) -> Tensor:
-        result: Tensor = layer.edge_functions(xs[number % INPUT_SETS], c, bias, *family, plan)
-        return result
+        y: Tensor = layer.edge_functions(xs[number % INPUT_SETS], c, bias, *family, plan)
+        return y
 
     def input_gradient(plan: str, number: int) -> Tensor:
         at = number % INPUT_SETS
-        result: Tensor = layer.input_gradient(dys[at], xs[at], c, *family, plan)
-        return result
+        dx: Tensor = layer.input_gradient(dys[at], xs[at], c, *family, plan)
+        return dx
 
     def coefficient_gradient(plan: str, number: int) -> Tensor:
         at = number % INPUT_SETS
-        result: Tensor = layer.coefficient_gradient(dys[at], xs[at], *family, plan)
-        return result
+        dc: Tensor = layer.coefficient_gradient(dys[at], xs[at], *family, plan)
+        return dc
 
-    return dict(zip(plans.OPERATIONS, (forward, input_gradient, coefficient_gradient), strict=True))
+    return {
+        "forward": (forward, lambda number: ready[number % INPUT_SETS] @ weights.T),
+        "input_gradient": (input_gradient, lambda number: dys[number % INPUT_SETS] @ weights),
+        "coefficient_gradient": (
+            coefficient_gradient,
+            lambda number: dys[number % INPUT_SETS].T @ ready[number % INPUT_SETS],
+        ),
+    }

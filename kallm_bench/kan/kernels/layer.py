@@ -18,7 +18,7 @@ from kallm_bench.kan.kernels.hopper_plans import Piped, Specialised
 from kallm_bench.kan.kernels.plans import KINDS, Library, Plan, Problem, Tile, can, choose, find_plan
 
 WAYS: dict[type, ModuleType] = {Tile: fused, Specialised: hopper, Piped: hopper, Library: library}
-"""The module that follows each kind of plan. All have the same three functions."""
+"""The module that follows each kind of plan. Each has the functions of the operations there are such plans for."""
 
 
 @torch.library.custom_op("kallm::edge_functions", mutates_args=())

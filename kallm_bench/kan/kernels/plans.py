@@ -135,14 +135,17 @@ def _distance(entry: dict[str, Any], problem: Problem) -> float:
 
 @functools.cache
 def measured() -> tuple[dict[str, Any], ...]:
-    """What won where, {gpu, operation, plan, rows, inputs, outputs, degrees} each; the user's own before ours."""
+    """What won where, {gpu, operation, plan, rows, inputs, outputs, degrees, microseconds} each, the user's own first.
+
+    The microseconds are those of all plans that were tried.
+    """
     return tuple(entry for path in (_own_file(), SHIPPED) for entry in _read(path))
 
 
-def remember(gpu: str, operation: str, problem: Problem, plan: str) -> None:
-    """Keeps a measurement in the user's own file, in place of one of the same size."""
-    new = {"gpu": gpu, "operation": operation, "plan": plan, **dataclasses.asdict(problem)}
-    same = {key: value for key, value in new.items() if key != "plan"}
+def remember(gpu: str, operation: str, problem: Problem, plan: str, seconds: dict[str, float]) -> None:
+    """Keeps a measurement, and the times it rests on, in the user's own file, in place of one of the same size."""
+    same = {"gpu": gpu, "operation": operation, **dataclasses.asdict(problem)}
+    new = {**same, "plan": plan, "microseconds": {name: round(each * 1e6, 1) for name, each in seconds.items()}}
     others = [entry for entry in _read(_own_file()) if not same.items() <= entry.items()]
     _own_file().parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(json.dumps(entry) for entry in [*others, new])
