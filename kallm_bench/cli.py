@@ -299,11 +299,17 @@ def _tune_kernels(
     dtype: str,
     as_json: bool,
 ) -> None:
+    from kallm_bench.errors import DeviceError
+    from kallm_bench.files import cache_folder, check_writable
     from kallm_bench.profiling import find_device, find_dtype
-    from kallm_bench.profiling.tuning import sizes_of, tune
     from kallm_bench.suites import choose_kernels
 
     place = find_device(device)
+    if place.type != "cuda":
+        raise DeviceError("plans are measured on an NVIDIA GPU; this device is the CPU")
+    from kallm_bench.profiling.tuning import sizes_of, tune
+
+    check_writable(cache_folder())
     sizes = sizes_of(choose_kernels(suite, shapes, bases, tokens, repeats, place.type == "cpu").problems)
     rows = []
     with console.Display({str(size): 1.0 for size in sizes}) as display:

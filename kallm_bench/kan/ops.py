@@ -56,7 +56,7 @@ def kan_linear(
         basis: the basis, of K functions.
         bias: (O,) or None.
         linear: (O, I), the path past the basis, or None.
-        backend: a name of BACKENDS. Second derivatives need "reference".
+        backend: a name of BACKENDS. Second derivatives and torch.func need "reference".
 
     Returns:
         (..., O), in the dtype of x (under autocast, in autocast's).
@@ -70,7 +70,7 @@ def kan_linear(
         if linear is not None:
             features, weights = torch.cat([features, x], dim=-1), torch.cat([weights, linear], dim=1)
         return F.linear(features, weights, bias)
-    assert family
+    assert family is not None
     dtype = _product_dtype(x)
     if basis.constant and coefficients.shape[1] == basis.size:  # the constant function adds the same to every row
         constant = family[1][0] * coefficients[:, 0].sum(-1)
@@ -132,8 +132,9 @@ def _fast(backend: str, x: Tensor, parameter: Tensor, basis: Basis, *, known: bo
     if backend not in BACKENDS:
         raise SpecError(unknown("backend", backend, BACKENDS))
     if backend == "auto":
-        alike = parameter.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-        return known and alike and x.device.type == "cuda" and runs_on(x.device) and x.dtype != torch.float64
+        if not known or x.device.type != "cuda" or not runs_on(x.device) or x.dtype == torch.float64:
+            return False
+        return parameter.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
     if backend == "reference":
         return False
     if not known:

@@ -41,7 +41,7 @@ class BSpline(Basis, name="bspline"):
     def forward(self, x: Tensor) -> Tensor:
         wide = widened(x)
         place = (wide + 1) * (self.grid / 2)
-        interval = place.detach().floor().clamp(0, self.grid - 1)
+        interval = place.detach().floor().nan_to_num(0.0).clamp(0, self.grid - 1)
         u = place - interval  # in [0, 1]
         local = [torch.ones_like(u)]  # the splines that are not zero here, from the leftmost on
         for degree in range(1, self.order + 1):

@@ -11,8 +11,10 @@ INTERPRETED: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether a kernel can run on tensors of this device."""
-    return device.type == "cuda" or bool(INTERPRETED.value)
+    """Whether a kernel can run on tensors of this device: an NVIDIA GPU from Ampere on, or the interpreter's."""
+    if device.type != "cuda":
+        return bool(INTERPRETED.value)
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @triton.jit

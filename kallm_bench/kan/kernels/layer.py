@@ -41,7 +41,8 @@ def edge_functions(
     y = torch.empty((len(rows), len(coefficients)), dtype=coefficients.dtype, device=x.device)
     if len(rows):
         way = _plan("forward", plan, family, rows, y.shape[1], (rows, coefficients, y))
-        WAYS[type(way)].forward(rows, coefficients, bias, y, family, way)
+        with torch.cuda.device_of(x):
+            WAYS[type(way)].forward(rows, coefficients, None if bias is None else bias.contiguous(), y, family, way)
     return y.reshape(*x.shape[:-1], len(coefficients))
 
 
@@ -55,7 +56,8 @@ def input_gradient(
     dx = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     if len(rows):
         way = _plan("input_gradient", plan, family, rows, dy.shape[-1], (rows, coefficients, slopes, dx))
-        WAYS[type(way)].input_gradient(rows, coefficients, slopes, dx, family, way)
+        with torch.cuda.device_of(x):
+            WAYS[type(way)].input_gradient(rows, coefficients, slopes, dx, family, way)
     if statistics:
         dx = torch.ops.aten.native_layer_norm_backward(
             dx, x.reshape(rows.shape), [rows.shape[1]], *statistics, None, None, [True, False, False]
@@ -72,14 +74,16 @@ def coefficient_gradient(dy: Tensor, x: Tensor, kind: str, numbers: list[float],
     if len(rows) == 0:
         return dc.zero_()
     way = _plan("coefficient_gradient", plan, family, rows, dy.shape[-1], (rows, slopes, dc))
-    WAYS[type(way)].coefficient_gradient(rows, slopes, dc, family, way)
+    with torch.cuda.device_of(x):
+        WAYS[type(way)].coefficient_gradient(rows, slopes, dc, family, way)
     return dc
 
 
 @torch.library.custom_op("kallm::column_sums", mutates_args=())
 def column_sums(dy: Tensor) -> Tensor:
     """(O,) the sums of dy (..., O) over all but its last dimension: a bias's gradient, the same bits each time."""
-    return passes.column_sums(dy.reshape(-1, dy.shape[-1]).contiguous())
+    with torch.cuda.device_of(dy):
+        return passes.column_sums(dy.reshape(-1, dy.shape[-1]).contiguous())
 
 
 @edge_functions.register_fake
@@ -123,6 +127,8 @@ def _prepared(
 ) -> tuple[Tensor, Family, tuple[Tensor, Tensor] | None]:
     """x as rows (M, I), brought to mean 0 and variance 1 by "norm", and then with the statistics that did it."""
     rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(-1) != 1 or rows.stride(0) < rows.shape[1]:  # transposed, every other channel, or expanded
+        rows = rows.contiguous()
     if squash != "norm":
         return rows, Family(kind, tuple(numbers), squash), None
     rows, *statistics = torch.native_layer_norm(rows, [rows.shape[1]], None, None, 1e-5)

@@ -16,6 +16,9 @@ from kallm_bench.kan.kernels import passes
 from kallm_bench.kan.kernels.families import Family
 from kallm_bench.kan.kernels.plans import Library
 
+LEAST_ROWS, LEAST_COLUMNS = 512, 256
+"""Of a chunk: with fewer, a product would read its other operand again for next to nothing."""
+
 
 def forward(x: Tensor, coefficients: Tensor, bias: Tensor | None, y: Tensor, family: Family, plan: Library) -> None:
     """Writes y (M, O) of x (M, I), coefficients (O, D, I) and bias (O,)."""
@@ -52,8 +55,8 @@ def coefficient_gradient(x: Tensor, dy: Tensor, dc: Tensor, family: Family, plan
 def chunks(x: Tensor, dtype: torch.dtype, functions: int, plan: Library) -> Iterator[tuple[slice, Tensor]]:
     """Runs of rows whose features fill the buffer, each with the part of it that it needs."""
     width = functions * x.shape[1]
-    fitting = plan.buffer_bytes // (width * dtype.itemsize)
-    length = max(1, min(len(x), fitting // 128 * 128 or fitting))  # whole tiles of the library's
+    fitting = plan.buffer_bytes // (width * dtype.itemsize) // 128 * 128  # whole tiles of the library's
+    length = max(1, min(len(x), max(fitting, LEAST_ROWS)))
     buffer = torch.empty((length, width), dtype=dtype, device=x.device)
     for start in range(0, len(x), length):
         stop = min(start + length, len(x))
@@ -63,6 +66,6 @@ def chunks(x: Tensor, dtype: torch.dtype, functions: int, plan: Library) -> Iter
 def channel_chunks(M: int, O: int, I: int, D: int, dtype: torch.dtype, plan: Library) -> Iterator[slice]:
     """Runs of channels, each a power of two long, whose features and gradient fill the buffer."""
     fitting = plan.buffer_bytes // ((M + O) * D * dtype.itemsize)
-    length = I if fitting >= I else 2 ** (max(1, fitting).bit_length() - 1)
+    length = I if fitting >= I else 2 ** (max(1, fitting, -(-LEAST_COLUMNS // D)).bit_length() - 1)
     for start in range(0, I, length):
         yield slice(start, min(start + length, I))

@@ -3,8 +3,8 @@
 Fused wins where the products are small, the library where they are large; where one ends and the other begins is
 measured, for each of the three products. `plans.json` beside this file holds what won on which GPU at which sizes, and
 `kallm profile --kernels --tune` adds what it finds on the GPU at hand to a file in the cache folder. A size that was
-not measured takes the plan of the nearest one that was. Nothing is timed while a model runs: the same machine always
-takes the same way.
+not measured takes the plan of the nearest one that was, and a GPU that was not what another one found. Nothing is timed
+while a model runs: the same machine always takes the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kallm_bench.errors import SpecError, unknown
+from kallm_bench.errors import DeviceError, SpecError, unknown
 from kallm_bench.files import cache_folder, write_file
 from kallm_bench.kan.kernels.hopper_plans import SPECIALISED, Piped, Specialised
 
@@ -48,7 +48,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Library:
-    """An expansion into a buffer of at most so many bytes, the library's product on it, and on to the next chunk."""
+    """An expansion into a buffer of so many bytes, the library's product on it, and on to the next chunk.
+
+    A chunk is never smaller than the library needs to be fast, see `library`, whatever the buffer then takes.
+    """
 
     buffer_bytes: int
 
@@ -112,20 +115,24 @@ def can(plan: Plan, degrees: int, kinds: tuple[type, ...]) -> bool:
 
 
 def choose(operation: str, problem: Problem, device: torch.device, kinds: tuple[type, ...]) -> Plan:
-    """The plan for a product among those of these kinds; the library's where none was measured on this GPU."""
+    """The plan for a product among those of these kinds."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return PLANS[operation][_chosen(operation, problem, gpu, kinds)]
 
 
 @functools.cache
 def _chosen(operation: str, problem: Problem, gpu: str, kinds: tuple[type, ...]) -> str:
-    found = [
-        entry
-        for entry in measured()
-        if (entry["gpu"], entry["operation"]) == (gpu, operation)
-        and can(PLANS[operation][entry["plan"]], problem.degrees, kinds)
-    ]
-    return str(min(found, key=lambda entry: _distance(entry, problem))["plan"]) if found else "library-16"
+    """Of the plans that can be, the one that was fastest at the nearest size on this GPU, or on any other."""
+    entries = [entry for entry in measured() if entry["operation"] == operation]
+    for entry in sorted(entries, key=lambda entry: (entry["gpu"] != gpu, _distance(entry, problem))):
+        times = {
+            name: time
+            for name, time in entry["microseconds"].items()
+            if name in PLANS[operation] and can(PLANS[operation][name], problem.degrees, kinds)
+        }
+        if times:
+            return str(entry["plan"]) if entry["plan"] in times else min(times, key=lambda name: times[name])
+    return "library-16"
 
 
 def _distance(entry: dict[str, Any], problem: Problem) -> float:
@@ -159,8 +166,16 @@ def _own_file() -> Path:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The entries of a file whose plans there still are; none where there is no file."""
+    """The entries of a file whose plans there still are; none where there is no file. DeviceError for a damaged one."""
     if not path.is_file():
         return []
-    entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return [entry for entry in entries if entry["plan"] in PLANS[entry["operation"]]]
+    sizes = [field.name for field in dataclasses.fields(Problem)]
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        if not all(
+            entry["gpu"] and entry["microseconds"] and min(entry[size] for size in sizes) > 0 for entry in entries
+        ):
+            raise ValueError("an entry is not complete")
+        return [entry for entry in entries if entry["plan"] in PLANS.get(entry["operation"], {})]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DeviceError(f"{path} is damaged ({error}); delete it, and tune again if you did") from error
