@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-import triton
 from kernel_checks import DEVICE, assert_as_exact, poisoned
 from scipy.interpolate import BSpline
 from torch import Tensor
@@ -17,6 +16,8 @@ from kallm_bench.kan.kernels import local as module
 from kallm_bench.kan.kernels.local import NEAREST, group_local, local_values, sparse_edge_product
 from kallm_bench.kan.kernels.tiles import Launch
 from kallm_bench.kan.ops import group_of_squashed
+
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [  # kind, size, order, squash
@@ -229,20 +230,3 @@ def test_sparse_edge_product_is_the_dense_one(shape):
     truth = output_and_gradients(dense, x.double(), coefficients.double(), dy.double())
     plain, kernel = output_and_gradients(dense, x, coefficients, dy), output_and_gradients(sparse, x, coefficients, dy)
     assert_as_exact(truth, plain, kernel, torch.float32)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's time says nothing")
-def test_time_does_not_grow_with_the_grid():
-    x = normal((8192, 1536), torch.bfloat16).requires_grad_()
-
-    def milliseconds(grid: int) -> float:
-        coefficients = normal((8, grid + 3)).requires_grad_()
-
-        def step() -> None:
-            y = group_local(x, coefficients, "bspline", 3, "tanh")
-            torch.autograd.grad(y, [x, coefficients], x)
-
-        return triton.testing.do_bench(step, return_mode="median")
-
-    assert milliseconds(50) <= 1.15 * milliseconds(5)

@@ -15,6 +15,8 @@ from kallm_bench.kan.kernels import rational as module
 from kallm_bench.kan.kernels.rational import rational
 from kallm_bench.kan.kernels.tiles import Launch, block_size, chunk_size
 
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FAMILIES = {"rational": False, "rational-abs": True}
 

@@ -1,7 +1,7 @@
 """THE SPEED: what kan/bases says in PyTorch, said again in Triton. Plain tensors in and out; no basis is known here.
 
 In the order in which they read best: `layer`, the operators that PyTorch sees, and `plans`, which way each goes;
-`library`, the simplest way, with its `passes`; `recurrence`, what happens to one value; `fused`, the same in one kernel;
+`library`, the simplest way, with its `passes`; `recurrence`, what becomes of one value; `fused`, all in one kernel;
 `hopper` with `hopper_kernels` and `hopper_slopes`, where warps divide the work. `local` (B-splines, Gaussians) and
 `rational` stand by themselves, on `tiles`. NOTES.md tells what was tried, expected and found.
 """
