@@ -82,7 +82,7 @@ def assert_kernel_is_as_exact(family: str, inputs: tuple[Tensor, ...]) -> None:
         (3, 7, 3, (37, 72)),  # a block not full
         (8, 8, 8, (5, 40)),
         (2, 1, 1, (3, 1, 2, 88)),
-        (1, 1, 4, (270, 4)),
+        (1, 1, 24, (270, 24)),  # sums of many terms, and enough sums that the luck of one does not decide
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

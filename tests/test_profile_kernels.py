@@ -498,10 +498,11 @@ def test_the_newest_counts_and_another_dtype_stands_apart(tmp_path: Path) -> Non
 @pytest.mark.parametrize("shape", [(64, 48), (64, None)], ids=str)
 def test_on_a_gpu_graphs_are_replayed_and_memory_is_known(shape: Any) -> None:
     basis = "cheby2:degree=2" if shape[1] else "rational"
-    names = tuple(contenders.LAYERS if shape[1] else contenders.ACTIVATIONS)
+    known = contenders.LAYERS if shape[1] else contenders.ACTIVATIONS
+    names = tuple(name for name in known if name not in ("sparse", *contenders.PACKAGES))  # which not all can have
     asked = dataclasses.replace(problem(*names, basis=basis, shape=shape), tokens=512)
     metrics = {metric.name: metric for metric in measure_kernels(asked, torch.device("cuda"), torch.bfloat16)}
-    for name in names[:5]:
+    for name in names:
         for timing in ("forward_seconds", "forward_backward_seconds"):
             assert (metrics[f"{timing}/{name}"].value or 0) > 0, metrics[f"{timing}/{name}"]
             assert "without a CUDA graph" not in metrics[f"{timing}/{name}"].note
