@@ -68,6 +68,11 @@ class KANLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return kan_linear(self._scaled(x), self.coefficients, self.basis, self.bias, self.linear)
 
+    @property
+    def weight(self) -> Tensor:
+        """The coefficients, for code around a linear layer that asks for its weight, or for the dtype of that."""
+        return self.coefficients
+
     def features(self, x: Tensor) -> Tensor:
         """What the coefficients multiply: x (..., I) -> (..., F), the functions of each channel, then the raw path."""
         x = self._scaled(x)
@@ -174,6 +179,11 @@ class ParallelKANLinear(nn.Module):
         first, *others = [part(chunk) for part, chunk in zip(self.parts, self._chunks(x), strict=True)]
         total: Tensor = sum(others, start=first)
         return total
+
+    @property
+    def weight(self) -> Tensor:
+        """See KANLinear: those of the first part."""
+        return self._layers()[0].coefficients
 
     def features(self, x: Tensor) -> Tensor:
         """What the coefficients multiply: x (..., I) -> (..., F), part by part."""

@@ -114,12 +114,16 @@ class Anatomy:
         alone = [name for name, child in parts.items() if self._fits(child) and len(_needed(child)) == 1]
         adding = [name for name, child in parts.items() if self._fits(child) and _takes_residual(child)]
         if len(alone) == 1 and not adding:
-            child = parts[alone[0]]
-            if not has_experts(child):
-                return Site(block, self._path(block, alone[0]), returns=_returns(child))
-            if experts:
-                return Site(block, self._path(block, alone[0]), experts=True, returns=_returns(child))
-            return "routes to experts; --experts replaces them as a whole"
+            child, routes = parts[alone[0]], has_experts(parts[alone[0]])
+            if routes and not experts:
+                return "routes to experts; --experts replaces them as a whole"
+            return Site(
+                block,
+                self._path(block, alone[0]),
+                experts=routes,
+                takes=len(inspect.signature(child.forward).parameters),
+                returns=_returns(child),
+            )
         if len(adding) == 1 and not alone:
             chain = _chain(parts[adding[0]], self.width)
             if chain:
@@ -137,7 +141,8 @@ class Anatomy:
     def _attention(self, block: int) -> list[Site] | str:
         sites = []
         for name, child in self.blocks[block].named_children():
-            if not any("attention" in taken for taken in inspect.signature(child.forward).parameters):
+            takes = inspect.signature(child.forward).parameters
+            if "cache_params" in takes or not any("attention" in taken for taken in takes):  # the first: a state space
                 continue
             sites += [
                 Site(block, self._path(block, f"{name}.{inner}"), label=f"{name}.{inner}")

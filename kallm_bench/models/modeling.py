@@ -101,6 +101,11 @@ def _make_class(base: Any) -> type[PreTrainedModel]:
             super().__init__(config, *args, **kwargs)
             install(self, specs_of(config))
 
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """transformers renames weights and fills buffers for its own architectures alone; this is one of them."""
+            return bool(base.is_custom_code())
+
         def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
             super().save_pretrained(save_directory, **kwargs)
             written = KallmConfig.of(self.config).to_json_string(use_diff=False)

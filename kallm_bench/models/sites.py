@@ -33,6 +33,7 @@ class Site:
             did.
         adds: whether what stands at `path` takes the residual stream too and adds it.
         returns: how many values what stands at `path` returns.
+        takes: how many it may be given, as a router is given the tokens.
         experts: whether the module that goes routes to experts.
         silent: modules beside it that become identities.
     """
@@ -43,6 +44,7 @@ class Site:
     chain: tuple[str, ...] = ()
     adds: bool = False
     returns: int = 1
+    takes: int = 1
     experts: bool = False
     silent: tuple[str, ...] = ()
 
@@ -75,15 +77,19 @@ class AddsResidual(nn.Module):
         return residual + F.dropout(self.feedforward(x), self.hidden_dropout, self.training)
 
 
-class ReturnsMore(nn.Module):
-    """A feed-forward in the place of one that returned more than hidden states: what a router thought is None now."""
+class RouterPlace(nn.Module):
+    """A feed-forward in the place of one that was given and returned more than hidden states.
 
-    def __init__(self, feedforward: nn.Module, count: int) -> None:
+    What only a router needs is not looked at; what it thought is None now.
+    """
+
+    def __init__(self, feedforward: nn.Module, returns: int) -> None:
         super().__init__()
-        self.feedforward, self.count = feedforward, count
+        self.feedforward, self.returns = feedforward, returns
 
-    def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        return (self.feedforward(x), *[None] * (self.count - 1))
+    def forward(self, x: Tensor, *others: object, **named: object) -> Tensor | tuple[Tensor | None, ...]:
+        y: Tensor = self.feedforward(x)
+        return y if self.returns == 1 else (y, *[None] * (self.returns - 1))
 
 
 def put(model: nn.Module, site: Site, module: nn.Module) -> None:
@@ -91,8 +97,8 @@ def put(model: nn.Module, site: Site, module: nn.Module) -> None:
     before = model.get_submodule(site.path)
     if site.adds:
         module = AddsResidual(module, getattr(before, "hidden_dropout", 0.0))
-    if site.returns > 1:
-        module = ReturnsMore(module, site.returns)
+    if site.returns > 1 or site.takes > 1:
+        module = RouterPlace(module, site.returns)
     model.set_submodule(site.path, module)
     for path in site.paths[1:]:
         model.set_submodule(path, nn.Identity())
@@ -114,7 +120,7 @@ def standing_in(model: nn.Module, modules: Mapping[Site, nn.Module]) -> Iterator
 def module_at(model: nn.Module, site: Site) -> nn.Module:
     """The module that `put` has put there."""
     module = model.get_submodule(site.path)
-    return module.feedforward if isinstance(module, AddsResidual | ReturnsMore) else module
+    return module.feedforward if isinstance(module, AddsResidual | RouterPlace) else module
 
 
 def original_at(model: nn.Module, site: Site) -> nn.Module:
