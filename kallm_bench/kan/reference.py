@@ -1,4 +1,4 @@
-"""What KAN layers compute, in plain PyTorch: the formula itself, which kernels are held to and checkpoints carry along."""
+"""What KAN layers compute, in plain PyTorch: the formula that kernels are held to and that checkpoints carry along."""
 
 from __future__ import annotations
 

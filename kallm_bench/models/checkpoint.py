@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kallm_bench.files import new_folder
-from kallm_bench.models.modeling import specs_of
+from kallm_bench.models.modeling import MODELING_FILE, specs_of
 from kallm_bench.models.sources import find_model, load_model, quiet_transformers
 
 
@@ -72,6 +72,16 @@ def _model_card(model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> st
             *records,
             "",
             "Load it with `import kallm_bench` and `AutoModelForCausalLM.from_pretrained(folder)`.",
+            *_without_kallm(model),
             "",
         ]
     )
+
+
+def _without_kallm(model: PreTrainedModel) -> list[str]:
+    if not specs_of(model.config):
+        return []
+    return [
+        f"Without kallm_bench: read `{MODELING_FILE}`, which holds the model's code in plain PyTorch, then",
+        "`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.",
+    ]

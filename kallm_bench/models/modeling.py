@@ -2,7 +2,8 @@
 
 A retrofitted Llama stays a Llama: same attributes, same parameter names outside the replaced modules, same generate. So
 its class is a subclass made on the fly, and nothing has to be forwarded by hand. Only config.json differs: its
-`model_type` is "kallm" and it holds the base model's configuration and the specs.
+`model_type` is "kallm", it holds the base model's configuration and the specs, and it names the modelling file to use
+where kallm_bench is not installed, see standalone.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from kallm_bench.errors import CheckpointError
 from kallm_bench.models.replacement import install
 from kallm_bench.models.spec import KANSpec
+from kallm_bench.models.standalone import modeling_file
+
+MODELING_FILE = "modeling_kallm.py"
+"""In the folder of a checkpoint: these classes, for an environment without kallm_bench."""
+
+AUTO_MAP = {"AutoConfig": "modeling_kallm.KallmConfig", "AutoModelForCausalLM": "modeling_kallm.KallmForCausalLM"}
+"""What transformers looks for in it, where it is trusted and these classes are not registered."""
 
 
 class KallmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is not typed
@@ -53,6 +61,7 @@ class KallmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is no
             retrofits=retrofits,
             architectures=["KallmForCausalLM"],
             dtype=base.get("dtype"),
+            auto_map=AUTO_MAP,
         )
 
 
@@ -74,6 +83,10 @@ class KallmForCausalLM:
     def _from_config(cls, config: KallmConfig, **kwargs: Any) -> PreTrainedModel:
         base = config.to_base()
         return _class_for(base)._from_config(base, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Asked of what comes from a modelling file, so that saving copies that file. Saving does so anyway."""
 
 
 def specs_of(config: PreTrainedConfig) -> list[KANSpec]:
@@ -103,8 +116,14 @@ def _make_class(base: Any) -> type[PreTrainedModel]:
 
         def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
             super().save_pretrained(save_directory, **kwargs)
+            folder = Path(save_directory)
             written = KallmConfig.of(self.config).to_json_string(use_diff=False)
-            (Path(save_directory) / "config.json").write_text(_without_defaults(written), encoding="utf-8")
+            (folder / "config.json").write_text(_without_defaults(written), encoding="utf-8")
+            (folder / MODELING_FILE).write_text(modeling_file(specs_of(self.config)), encoding="utf-8")
+
+        @classmethod
+        def _can_set_attn_implementation(cls) -> bool:
+            return bool(base._can_set_attn_implementation())  # transformers looks for it in the source beside a class
 
     Retrofitted.__name__ = Retrofitted.__qualname__ = f"Kallm{base.__name__}"
     return Retrofitted
@@ -130,6 +149,7 @@ def _without_defaults(text: str) -> str:
     keep = (
         "model_type",
         "architectures",
+        "auto_map",
         "dtype",
         "base_config",
         "retrofits",

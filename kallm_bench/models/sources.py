@@ -213,12 +213,15 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def _meaning(path: Path) -> str:
-    """A configuration file's content, without what says by which version or from where it was written."""
+    """A configuration file's content, without what says by which version or from where it was written.
+
+    Nor by which code of the folder it may be loaded elsewhere: here none of it ever runs.
+    """
 
     def kept(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        told = ("transformers_version", "_name_or_path", "_model_name_or_path")
+        told = ("transformers_version", "_name_or_path", "_model_name_or_path", "auto_map")
         return {key: kept(each) for key, each in value.items() if key not in told}
 
     try:
