@@ -6,11 +6,13 @@ Takes the path of a JSON file {name: folder} and of a file to write; see `facts`
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
@@ -36,6 +38,19 @@ def facts(folder: str) -> dict[str, Any]:
     }
 
 
+def refusal(folder: str) -> str:
+    """What is said to a checkpoint that lacks a tensor."""
+    broken = Path(shutil.copytree(folder, f"{folder}-broken"))
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.layers.0.coefficients"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    try:
+        load(str(broken))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "it was loaded"
+
+
 def more_facts(folder: str) -> dict[str, Any]:
     """What one checkpoint must do besides."""
     model = load(folder)
@@ -45,6 +60,7 @@ def more_facts(folder: str) -> dict[str, Any]:
     learning.gradient_checkpointing_enable()
     learning(TOKENS, labels=TOKENS).loss.backward()
     return {
+        "hole": refusal(folder),
         "config": (type(config).__name__, config.model_type, config.base_config["model_type"]),
         "tied": model.lm_head.weight is model.model.embed_tokens.weight,
         "generated": model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0),

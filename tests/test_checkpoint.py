@@ -454,6 +454,15 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(folder, damage, named):
     assert contents(folder) == before
 
 
+def test_the_auto_class_refuses_weights_with_a_hole(folder):
+    DAMAGE["a tensor missing"][0](folder)
+    with pytest.raises(KallmError, match=r"model\.layers\.0\.mlp\.layers\.0\.coefficients"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert report["missing_keys"] == {"model.layers.0.mlp.layers.0.coefficients"}
+    assert isinstance(loaded, LlamaForCausalLM)
+
+
 @pytest.mark.parametrize(("damage", "named"), CONFIG_DAMAGE.values(), ids=CONFIG_DAMAGE)
 def test_a_damaged_configuration_is_refused_in_one_line(folder, damage, named):
     source = find_model(str(folder))

@@ -115,6 +115,11 @@ def test_it_learns_with_gradient_checkpointing(folders, without):
         )
 
 
+def test_it_refuses_weights_with_a_hole(without):
+    assert without["stack"]["hole"].startswith("CheckpointError: ")
+    assert "model.layers.1.mlp.layers.0.coefficients" in without["stack"]["hole"]
+
+
 def test_it_can_be_saved_again(folders, without):
     """From there, into several shards; and read from that folder with and without kallm_bench."""
     expected = without["stack"]["logits"]["torch.float32"]
@@ -187,6 +192,14 @@ def test_an_untouched_model_needs_none(tiny_llama, tmp_path):
     save_checkpoint(tmp_path / "checkpoint", tiny_llama(vocab_size=97))
     assert not (tmp_path / "checkpoint" / "modeling_kallm.py").exists()
     assert "auto_map" not in json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+
+
+def test_a_basis_from_outside_has_none(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(BASES["cheby2"], "__module__", "of.a.user")
+    save_checkpoint(tmp_path / "checkpoint", made("stack", tiny_llama))
+    assert not (tmp_path / "checkpoint" / "modeling_kallm.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    load_checkpoint(tmp_path / "checkpoint")
 
 
 # Where kallm_bench is

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kallm_bench.kan.reference as reference
 from kallm_bench.errors import SpecError, unknown
-from kallm_bench.kan import reference
 from kallm_bench.kan.bases import SQUASHES, Basis
 from kallm_bench.kan.bases.bspline import BSpline
 from kallm_bench.kan.bases.rational import Rational, RationalAbs

@@ -43,7 +43,7 @@ def save_checkpoint(
             tokenizer.save_pretrained(temporary)
         note = json.dumps({"lineage": list(lineage)}, indent=2) + "\n"
         (temporary / "kallm.json").write_text(note, encoding="utf-8")
-        (temporary / "README.md").write_text(_model_card(model, lineage), encoding="utf-8")
+        (temporary / "README.md").write_text(_model_card(temporary, model, lineage), encoding="utf-8")
 
 
 def load_checkpoint(
@@ -53,7 +53,7 @@ def load_checkpoint(
     return load_model(find_model(str(folder)), dtype, device)
 
 
-def _model_card(model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> str:
+def _model_card(folder: Path, model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     retrofits = [f"- blocks {list(spec.blocks)}: {spec.basis}, form {spec.form}" for spec in specs_of(model.config)]
     records = [f"- {entry['stage']}: {entry['id']}" for entry in lineage]
@@ -72,14 +72,14 @@ def _model_card(model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> st
             *records,
             "",
             "Load it with `import kallm_bench` and `AutoModelForCausalLM.from_pretrained(folder)`.",
-            *_without_kallm(model),
+            *_without_kallm(folder),
             "",
         ]
     )
 
 
-def _without_kallm(model: PreTrainedModel) -> list[str]:
-    if not specs_of(model.config):
+def _without_kallm(folder: Path) -> list[str]:
+    if not (folder / MODELING_FILE).is_file():
         return []
     return [
         f"Without kallm_bench: read `{MODELING_FILE}`, which holds the model's code in plain PyTorch, then",

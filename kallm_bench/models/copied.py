@@ -8,6 +8,6 @@ from pathlib import Path
 from kallm_bench.models.spec import KANSpec
 
 
-def modeling_file(specs: Sequence[KANSpec]) -> str:
+def modeling_file(specs: Sequence[KANSpec]) -> str | None:
     """This very file, which was written for a model of the same `specs`."""
     return Path(__file__).read_text(encoding="utf-8")

@@ -61,7 +61,6 @@ class KallmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is no
             retrofits=retrofits,
             architectures=["KallmForCausalLM"],
             dtype=base.get("dtype"),
-            auto_map=AUTO_MAP,
         )
 
 
@@ -73,11 +72,22 @@ class KallmForCausalLM:
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, *args: Any, config: KallmConfig | None = None, **kwargs: Any
-    ) -> PreTrainedModel:
+    ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
+        """The model, and with `output_loading_info` transformers' report on its weights, as of any model class.
+
+        Raises:
+            CheckpointError: weights that are missing, by name, where no report was asked for.
+        """
         base = (config or KallmConfig.from_pretrained(folder)).to_base()
         if config is not None and getattr(config, "_attn_implementation", None):
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        return _class_for(base).from_pretrained(folder, *args, config=base, **kwargs)
+        told = kwargs.pop("output_loading_info", False)
+        model, report = _class_for(base).from_pretrained(folder, *args, config=base, output_loading_info=True, **kwargs)
+        if told:
+            return model, report
+        if report["missing_keys"]:  # transformers would leave in them what the memory held
+            raise CheckpointError(f"{folder}: its weights lack {sorted(report['missing_keys'])[:3]}")
+        return model
 
     @classmethod
     def _from_config(cls, config: KallmConfig, **kwargs: Any) -> PreTrainedModel:
@@ -116,10 +126,16 @@ def _make_class(base: Any) -> type[PreTrainedModel]:
 
         def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
             super().save_pretrained(save_directory, **kwargs)
-            folder = Path(save_directory)
-            written = KallmConfig.of(self.config).to_json_string(use_diff=False)
-            (folder / "config.json").write_text(_without_defaults(written), encoding="utf-8")
-            (folder / MODELING_FILE).write_text(modeling_file(specs_of(self.config)), encoding="utf-8")
+            folder, config, code = (
+                Path(save_directory),
+                KallmConfig.of(self.config),
+                modeling_file(specs_of(self.config)),
+            )
+            if code is not None:
+                config.auto_map = AUTO_MAP
+                (folder / MODELING_FILE).write_text(code, encoding="utf-8")
+            written = _without_defaults(config.to_json_string(use_diff=False))
+            (folder / "config.json").write_text(written, encoding="utf-8")
 
         @classmethod
         def _can_set_attn_implementation(cls) -> bool:

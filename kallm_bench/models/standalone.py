@@ -62,10 +62,15 @@ Import = tuple[str, str, str]
 """An import: its module, the name taken from it ("" for the module itself), and the name it goes by."""
 
 
-def modeling_file(specs: Sequence[KANSpec]) -> str:
-    """The text of `modeling_kallm.py` for a model that had these retrofits; it knows no basis but theirs."""
+def modeling_file(specs: Sequence[KANSpec]) -> str | None:
+    """The text of `modeling_kallm.py` for a model that had these retrofits; it knows no basis but theirs.
+
+    None where a basis was defined outside this package: what its code needs cannot be told.
+    """
     names = {part for spec in specs if spec.is_basis for part in re.split("[+>]", spec.basis)}
-    return _text_for(tuple(sorted({name.partition(":")[0] for name in names})))
+    families = sorted({name.partition(":")[0] for name in names})
+    own = all(BASES[family].__module__.startswith("kallm_bench.") for family in families)
+    return _text_for(tuple(families)) if own else None
 
 
 @functools.cache
@@ -114,6 +119,7 @@ def _reachable(wanted: Iterable[Key]) -> dict[Key, Definition]:
 def _cut(key: Key, mentioned: set[str]) -> Definition:
     """A definition without the methods that nothing mentions, and what it uses."""
     module = _read(key[0])
+    assert not module.works, f"{module.name} does more than define: put that where nothing of it is needed"
     node, comment = module.definitions[key[1]]
     lines = module.text.splitlines()
     gone: set[int] = set()
@@ -146,7 +152,7 @@ def _resolve(module: Module, name: str, definition: Definition) -> None:
         assert name in there.definitions or name in there.imports, f"{module.name}: {name} of {source} is no definition"
         _resolve(there, name, definition)
     else:
-        known = hasattr(builtins, name) or name in ("__file__", "__name__")
+        known = hasattr(builtins, name) or (name.startswith("__") and name.endswith("__"))
         assert known, f"{module.name}: where does {name} come from?"
 
 
@@ -157,6 +163,7 @@ class Module:
     Args:
         definitions: name -> the statement that defines it, and the text that documents a constant.
         imports: by the names they go by.
+        works: whether importing it does more than define.
     """
 
     name: str
@@ -165,6 +172,7 @@ class Module:
     purpose: str
     definitions: dict[str, tuple[ast.stmt, ast.stmt | None]]
     imports: dict[str, Import]
+    works: bool
 
 
 @functools.cache
@@ -178,20 +186,24 @@ def _read(name: str) -> Module:
     for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
         comment = after if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
         for defined in _defined_by(node):
+            assert defined not in definitions, f"{name}: {defined} is defined twice"
             definitions[defined] = (node, comment if isinstance(node, ast.Assign | ast.AnnAssign) else None)
         for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else []:
             known_as = alias.asname or alias.name
             taken = (node.module or "", alias.name) if isinstance(node, ast.ImportFrom) else (alias.name, "")
             imports[known_as] = (*taken, known_as)
     purpose = (ast.get_docstring(tree) or "").split("\n\n")[0]
-    return Module(name, path, text, purpose, definitions, imports)
+    works = any(
+        not _defined_by(node) and not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr) for node in tree.body
+    )
+    return Module(name, path, text, purpose, definitions, imports, works)
 
 
 def _defined_by(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _first_line(node: ast.stmt) -> int:
@@ -216,12 +228,14 @@ def _calls_left_out(node: ast.stmt) -> Iterator[ast.stmt]:
                 yield part
 
 
+@functools.cache
 def _attributes(text: str) -> set[str]:
     """The names after a dot that a piece of source reads."""
     nodes = ast.walk(ast.parse(text))
     return {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
 
 
+@functools.cache
 def _names_used(text: str) -> set[str]:
     """The names that a piece of source takes from its module, by Python's own rules of scope."""
     names, ahead = set(), [(symtable.symtable(text, "<definition>", "exec"), True)]
@@ -232,6 +246,7 @@ def _names_used(text: str) -> set[str]:
     return names
 
 
+@functools.cache
 def _without_marks(text: str) -> str:
     """Source without the remarks that are meant for a type checker or a linter."""
     cleaned = re.sub(r"[ \t]+# (type: ignore|noqa)\b.*$", "", text, flags=re.MULTILINE)
