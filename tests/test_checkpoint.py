@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BloomForCausalLM, GPT2Config, LlamaForCausalLM, MixtralForCausalLM
 
 from kallm_bench.errors import KallmError
 from kallm_bench.files import DiskError, new_folder, write_file
@@ -25,7 +25,7 @@ from kallm_bench.models import (
     retrofit,
     save_checkpoint,
 )
-from kallm_bench.models.modeling import specs_of
+from kallm_bench.models.modeling import retrofitted_class, specs_of
 
 TOKENS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79], [31, 41, 59, 26, 53, 58, 9, 7]])
 
@@ -208,7 +208,11 @@ def test_what_the_folder_holds(folder, model):
     }
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "kallm"
-    assert config["architectures"] == ["KallmForCausalLM"]
+    assert config["architectures"] == ["KallmForCausalLM"] == [type(model).__name__]
+    assert config["auto_map"] == {
+        "AutoConfig": "modeling_kallm.KallmConfig",
+        "AutoModelForCausalLM": "modeling_kallm.KallmForCausalLM",
+    }
     assert config["base_config"]["model_type"] == "llama"
     assert config["base_config"]["hidden_size"] == 32
     assert [KANSpec.from_json(entry) for entry in config["retrofits"]] == specs_of(model.config)
@@ -292,6 +296,14 @@ def test_the_auto_class_takes_a_way_of_attention(typical, way):
     loaded.set_attn_implementation(other)
     assert loaded.config._attn_implementation == other
     torch.testing.assert_close(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("base", [LlamaForCausalLM, MixtralForCausalLM, BloomForCausalLM])
+def test_what_may_be_set_is_as_in_the_architecture(base):
+    """transformers reads it off the source file of a class, which is another one here."""
+    ours = retrofitted_class(base)
+    assert ours._can_set_attn_implementation() == base._can_set_attn_implementation()
+    assert ours._can_set_experts_implementation() == base._can_set_experts_implementation()
 
 
 @pytest.mark.parametrize("place", [{"": "cpu"}, "cpu", "auto"], ids=str)

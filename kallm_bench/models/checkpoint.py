@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kallm_bench.files import new_folder
-from kallm_bench.models.modeling import MODELING_FILE, specs_of
+from kallm_bench.models.modeling import MODELING_FILE, original_class, specs_of
 from kallm_bench.models.sources import find_model, load_model, quiet_transformers
 
 
@@ -63,7 +63,7 @@ def _model_card(folder: Path, model: PreTrainedModel, lineage: Sequence[dict[str
             "library_name: transformers",
             "tags: [kolmogorov-arnold-network]",
             "---",
-            f"# {type(model).__name__}, {parameters:,} parameters",
+            f"# {original_class(model).__name__}, {parameters:,} parameters",
             "",
             "Feed-forward parts replaced, in order:" if retrofits else "No part was replaced.",
             *retrofits,

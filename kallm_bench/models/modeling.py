@@ -141,7 +141,11 @@ def _make_class(base: Any) -> type[PreTrainedModel]:
         def _can_set_attn_implementation(cls) -> bool:
             return bool(base._can_set_attn_implementation())  # transformers looks for it in the source beside a class
 
-    Retrofitted.__name__ = Retrofitted.__qualname__ = f"Kallm{base.__name__}"
+        @classmethod
+        def _can_set_experts_implementation(cls) -> bool:
+            return bool(base._can_set_experts_implementation())
+
+    Retrofitted.__name__ = Retrofitted.__qualname__ = "KallmForCausalLM"  # pipelines take only names that they know
     return Retrofitted
 
 
