@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kallm_bench.files import new_folder
 from kallm_bench.models.modeling import MODELING_FILE, original_class, specs_of
 from kallm_bench.models.sources import find_model, load_model, quiet_transformers
+from kallm_bench.models.standalone import modeling_file
 
 
 def save_checkpoint(
@@ -43,7 +44,7 @@ def save_checkpoint(
             tokenizer.save_pretrained(temporary)
         note = json.dumps({"lineage": list(lineage)}, indent=2) + "\n"
         (temporary / "kallm.json").write_text(note, encoding="utf-8")
-        (temporary / "README.md").write_text(_model_card(temporary, model, lineage), encoding="utf-8")
+        (temporary / "README.md").write_text(_model_card(model, lineage), encoding="utf-8")
 
 
 def load_checkpoint(
@@ -53,7 +54,7 @@ def load_checkpoint(
     return load_model(find_model(str(folder)), dtype, device)
 
 
-def _model_card(folder: Path, model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> str:
+def _model_card(model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     retrofits = [f"- blocks {list(spec.blocks)}: {spec.basis}, form {spec.form}" for spec in specs_of(model.config)]
     records = [f"- {entry['stage']}: {entry['id']}" for entry in lineage]
@@ -72,14 +73,15 @@ def _model_card(folder: Path, model: PreTrainedModel, lineage: Sequence[dict[str
             *records,
             "",
             "Load it with `import kallm_bench` and `AutoModelForCausalLM.from_pretrained(folder)`.",
-            *_without_kallm(folder),
+            *_without_kallm(model),
             "",
         ]
     )
 
 
-def _without_kallm(folder: Path) -> list[str]:
-    if not (folder / MODELING_FILE).is_file():
+def _without_kallm(model: PreTrainedModel) -> list[str]:
+    specs = specs_of(model.config)
+    if not specs or modeling_file(specs) is None:
         return []
     return [
         f"Without kallm_bench: read `{MODELING_FILE}`, which holds the model's code in plain PyTorch, then",
