@@ -16,19 +16,19 @@ from torch import Tensor
 from kallm_bench.kan import ops
 from kallm_bench.kan.kernels import hopper
 from kallm_bench.kan.kernels.families import Family
-from kallm_bench.kan.kernels.hopper_plans import SPECIALISED, Specialised
+from kallm_bench.kan.kernels.hopper_plans import HALVED, SPECIALISED, Halved, Specialised
 
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
 BARRIERS = 2048  # bytes, at most, and what Triton hands to the other warps
 SHAPES = [(136, 80, 200), (1000, 200, 136), (128, 64, 128), (300, 136, 520)]  # rows, in, out
 REPEATS = 10
-NAMED = [
-    (operation, name, degree)
-    for operation, plans in SPECIALISED.items()
-    for name, plan in plans.items()
-    for degree in range(1, plan.degrees + 1)
-]
+PLANS: dict[str, dict[str, Specialised | Halved]] = {
+    "forward": {**SPECIALISED["forward"], **HALVED},
+    "coefficient_gradient": {**SPECIALISED["coefficient_gradient"]},
+}
+EACH = [(operation, name) for operation, plans in PLANS.items() for name in plans]
+NAMED = [(*each, degree) for each in EACH for degree in range(1, PLANS[each[0]][each[1]].degrees + 1)]
 
 
 def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
@@ -37,7 +37,7 @@ def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
     return marked
 
 
-def run(operation: str, plan: Specialised, basis: Any, x: Tensor, c: Tensor, bias: Tensor | None, dy: Tensor) -> Tensor:
+def run(operation: str, plan: Any, basis: Any, x: Tensor, c: Tensor, bias: Tensor | None, dy: Tensor) -> Tensor:
     """y, or dc, in memory that was not cleared."""
     found = ops._family(basis)
     assert found
@@ -77,7 +77,7 @@ def test_every_plan_is_as_accurate_as_the_reference_and_the_same_bits_each_time(
     """With 3 processors persistent programs make several tiles, and rows are not parted; with 132 they are."""
     monkeypatch.setattr(hopper, "_processors", lambda device: processors)
     inputs = make_inputs("cheby2", shape, dtype, degree)
-    outs = [run(operation, SPECIALISED[operation][name], *inputs) for _ in range(REPEATS)]
+    outs = [run(operation, PLANS[operation][name], *inputs) for _ in range(REPEATS)]
     assert_as_accurate(operation, outs[0], inputs, dtype)
     assert all(torch.equal(out, outs[0]) for out in outs)
 
@@ -85,18 +85,18 @@ def test_every_plan_is_as_accurate_as_the_reference_and_the_same_bits_each_time(
 @on_hopper
 @pytest.mark.parametrize("family", ["charlier", "laguerre", "lucas"])  # with a sigmoid; with B; with P_0 = 2
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("operation", "name"), [(o, name) for o, plans in SPECIALISED.items() for name in plans])
+@pytest.mark.parametrize(("operation", "name"), EACH)
 def test_every_family(operation: str, name: str, dtype: torch.dtype, family: str) -> None:
-    plan = SPECIALISED[operation][name]
+    plan = PLANS[operation][name]
     inputs = make_inputs(family, (300, 72, 40), dtype, min(3, plan.degrees))
     assert_as_accurate(operation, run(operation, plan, *inputs), inputs, dtype)
 
 
 @on_hopper
-@pytest.mark.parametrize(("operation", "name"), [(o, name) for o, plans in SPECIALISED.items() for name in plans])
+@pytest.mark.parametrize(("operation", "name"), EACH)
 def test_what_lies_around_is_not_read(operation: str, name: str) -> None:
     """x, dy and the coefficients as parts of larger tensors, full of NaN elsewhere; and no bias."""
-    plan, dtype = SPECIALISED[operation][name], torch.bfloat16
+    plan, dtype = PLANS[operation][name], torch.bfloat16
     basis, x, c, bias, dy = make_inputs("cheby2", (136, 80, 200), dtype, 2)
 
     def within(tensor: Tensor, *more: int) -> Tensor:
@@ -112,7 +112,10 @@ def test_what_lies_around_is_not_read(operation: str, name: str) -> None:
 
 @pytest.mark.parametrize(("operation", "name", "degree"), NAMED, ids=str)
 def test_every_plan_fits(operation: str, name: str, degree: int) -> None:
-    plan = SPECIALISED[operation][name]
+    plan = PLANS[operation][name]
+    if isinstance(plan, Halved):
+        assert_halves_fit(plan, degree)
+        return
     features, ring = plan.rings[degree - 1]
     tile, wide = plan.rows * plan.inputs, sum(plan.outputs)
     if operation == "forward":
@@ -131,6 +134,17 @@ def test_every_plan_fits(operation: str, name: str, degree: int) -> None:
     registers = 65_536 // (32 * (8 + plan.expanders)) // 8 * 8  # of each thread, before any are given away
     multiplying = ((8 + plan.expanders) * registers - plan.expanders * plan.registers) // 8
     assert sums // 256 + 24 <= multiplying // 8 * 8
+
+
+def assert_halves_fit(plan: Halved, degree: int) -> None:
+    (stages, pieces), width = plan.rings[degree - 1], sum(plan.outputs)
+    elements = stages * (plan.rows + degree * width) * plan.inputs + pieces * plan.rows * hopper.SMALL_PIECE
+    assert 2 * elements + BARRIERS <= SHARED_MEMORY
+    assert stages > 2  # of which the products read one, and the expansion another
+    assert plan.rows % 128 == 0  # of four warps, each with multiples of 16 rows, in either half
+    assert all(outputs % hopper.SMALL_PIECE == 0 for outputs in plan.outputs)
+    features = plan.rows * plan.inputs * degree // 512  # registers of a thread, twice: multiplied by, and expanded
+    assert plan.rows * width // 256 + 2 * features + 8 <= 240
 
 
 def test_gluon_is_not_imported_before_a_kernel_is_launched() -> None:

@@ -15,12 +15,12 @@ from kallm_bench.kan import BASES, FORMS, KANLinear, make_basis
 from kallm_bench.kan.bases import SQUASHES
 from kallm_bench.models import Calibration, KANSpec, complete_spec, replaced_modules, retrofit, retrofit_reporting
 from kallm_bench.models import calibration as calibration_room
+from kallm_bench.models.anatomy import Anatomy
 from kallm_bench.models.calibration import Activations
 from kallm_bench.models.convert import conversion
 from kallm_bench.models.inspect import inspect_model
 from kallm_bench.models.least_squares import Equations
 from kallm_bench.models.retrofit import parameters_of
-from kallm_bench.models.sites import find_sites
 
 ALL = sorted(BASES)
 PLAIN = [name for name in ALL if not list(make_basis(name).parameters())]
@@ -75,7 +75,7 @@ def test_the_strongest_units_are_inherited(tiny_llama: Any, text: Calibration, b
     kept = old.gate_proj.weight[strong].clone()
     _, report = retrofit_reporting(model, KANSpec("2", basis, hidden=16, form=form, start="inherit"), text)
     assert torch.equal(model.model.layers[2].mlp.gate_proj.weight, kept)
-    assert report.r2[2] > 0.999
+    assert report.r2["2"] > 0.999
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -86,7 +86,7 @@ def test_least_squares_finds_a_function_that_the_basis_holds(tiny_llama: Any, te
     spec = KANSpec("2", name, form="single", start="lstsq", scaled=False)
     again = copy.deepcopy(model)
     _, report = retrofit_reporting(again, spec, text)
-    assert report.r2[2] > 0.95, name  # its own input scale is another than the old one's 1
+    assert report.r2["2"] > 0.95, name  # its own input scale is another than the old one's 1
 
 
 def test_streamed_equations_are_those_of_all_rows_at_once() -> None:
@@ -154,8 +154,8 @@ def test_a_random_start_has_the_variance_of_what_it_replaces(
     tiny_llama: Any, text: Calibration, basis: str, form: str
 ) -> None:
     model = tiny_llama(**WORDS)
-    sites = [site for site in find_sites(model) if site.block == 2]
-    x, y = next(Activations(model, sites, text).parts("fit")).seen[2]
+    (site,) = Anatomy(model).sites(KANSpec((2,), "linear"))
+    x, y = next(Activations(model, {site: model.model.layers[2].mlp}, text).parts("fit")).seen[site]
     retrofit(model, KANSpec("2", basis, form=form, start="random", seed=3), text)
     with torch.no_grad():
         assert model.model.layers[2].mlp(x).var().item() == pytest.approx(y.var().item(), rel=0.1)
@@ -272,7 +272,7 @@ def test_a_model_in_half_precision_gets_modules_of_its_dtype(tiny_llama: Any, te
 def test_a_mix_in_a_gated_form_is_solved(tiny_llama: Any, text: Calibration, basis: str, linear: bool) -> None:
     model = tiny_llama(**WORDS)
     spec = KANSpec("2", basis, form="gated", hidden=16, linear=linear, start="lstsq")
-    assert retrofit_reporting(model, spec, text)[1].r2[2] > 0.1
+    assert retrofit_reporting(model, spec, text)[1].r2["2"] > 0.1
 
 
 def test_what_a_block_without_an_answer_can_start_from(tiny_llama: Any, text: Calibration) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import SpecError
-from kallm_bench.models.sites import Site
+from kallm_bench.models.sites import Site, listen, standing_in
 
 TOKENS_AT_ONCE = 4096
 KEEP = 0.5
@@ -69,9 +69,9 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Part:
-    """What one batch of rows showed: block number -> (fed, answered), each (M, hidden_size)."""
+    """What one batch of rows showed: site -> (fed, answered), each (M, its width)."""
 
-    seen: Mapping[int, tuple[Tensor, Tensor]]
+    seen: Mapping[Site, tuple[Tensor, Tensor]]
     rows: int
 
 
@@ -82,14 +82,14 @@ class Activations:
     computed again in every pass. So memory is bounded, and the rows may be any number.
 
     Args:
-        model: called with the modules at `sites` in place; not changed.
-        sites: of the blocks that are looked at.
+        model: called with `modules` in place; not changed.
+        modules: what stands at the sites that are looked at.
         calibration: the rows. The last eighth of those to learn from decides (on ridge, scale), so that those to judge
             on decide nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, sites: list[Site], calibration: Calibration) -> None:
-        self.model, self.sites, self.calibration = model, sites, calibration
+    def __init__(self, model: PreTrainedModel, modules: Mapping[Site, nn.Module], calibration: Calibration) -> None:
+        self.model, self.modules, self.calibration = model, modules, calibration
         self.width: int = model.config.get_text_config(decoder=True).hidden_size
         learning = len(calibration.tokens) - calibration.heldout
         deciding = max(1, learning // 8)
@@ -102,12 +102,8 @@ class Activations:
         }
         self._kept: dict[int, Part] = {}
         self._room = int(KEEP * _free_bytes(model.device))
-        self.typical: dict[int, Tensor] = {}
-        """Block number -> the median of |y|² over the first batch."""
-
-    def module(self, block: int) -> nn.Module:
-        """The untouched module at a block."""
-        return next(site.module for site in self.sites if site.block == block)
+        self.typical: dict[Site, Tensor] = {}
+        """The median of |y|² over the first batch."""
 
     @property
     def fit_tokens(self) -> int:
@@ -126,43 +122,37 @@ class Activations:
             yield from self.parts("fit", tokens_at_once)
 
     @torch.no_grad()
-    def in_sequence(self, modules: Mapping[int, nn.Module], tokens_at_once: int) -> Iterator[Part]:
+    def in_sequence(self, modules: Mapping[Site, nn.Module], tokens_at_once: int) -> Iterator[Part]:
         """As `endless`, with `modules` at the sites: what they feed each other, and what the originals say to it."""
-        originals = {site.block: site.module for site in self.sites}
         rows, at_once = self._spans["fit"], max(1, tokens_at_once // self.calibration.tokens.shape[1])
         while True:
             for start in range(rows.start, rows.stop, at_once):
                 tokens, positions = self._rows(start, min(start + at_once, rows.stop))
-                for site in self.sites:
-                    site.replace(_InDtypeOf(modules[site.block]))
-                try:
-                    seen = answers(self.model, self.sites, tokens, positions)
-                finally:
-                    for site in self.sites:
-                        site.replace(originals[site.block])
-                yield Part({block: (x, originals[block](x)) for block, (x, _) in seen.items()}, len(tokens))
+                with standing_in(self.model, {site: _InDtypeOf(module) for site, module in modules.items()}):
+                    seen = answers(self.model, self.modules, tokens, positions)
+                yield Part({site: (x, _first(self.modules[site](x))) for site, (x, _) in seen.items()}, len(tokens))
 
-    def weights(self, block: int, y: Tensor) -> Tensor:
+    def weights(self, site: Site, y: Tensor) -> Tensor:
         """(M,) weights of rows, (|y|² + the typical |y|²)^-½.
 
         The last blocks of many models answer a few tokens with outputs hundreds of times the usual size. Unweighted,
         those rows are all that a fit cares for; weighted by their relative error they would count no more than any
         other. Half way, a row a hundred times as large counts as much as a hundred.
         """
-        return (y.double().square().sum(-1) + self.typical[block]).rsqrt()
+        return (y.double().square().sum(-1) + self.typical[site]).rsqrt()
 
     def _part(self, start: int, stop: int) -> Part:
         if start in self._kept and self._kept[start].rows == stop - start:
             return self._kept[start]
         tokens, positions = self._rows(start, stop)
-        part = Part(answers(self.model, self.sites, tokens, positions), stop - start)
-        for block, (_, y) in part.seen.items():
+        part = Part(answers(self.model, self.modules, tokens, positions), stop - start)
+        for site, (_, y) in part.seen.items():
             if not y.any():
                 raise SpecError(
-                    f"block {block} holds a feed-forward that answers nothing, so there is nothing to start from; "
+                    f"block {site.name} holds a feed-forward that answers nothing, so there is nothing to start from; "
                     "take --start random"
                 )
-            self.typical.setdefault(block, y.double().square().sum(-1).median().clamp_min(1e-30))
+            self.typical.setdefault(site, y.double().square().sum(-1).median().clamp_min(1e-30))
         size = sum(tensor.nbytes for pair in part.seen.values() for tensor in pair)
         if size <= self._room:
             self._room -= size
@@ -194,18 +184,18 @@ def _free_bytes(device: torch.device) -> int:
 
 @torch.no_grad()
 def answers(
-    model: PreTrainedModel, sites: list[Site], tokens: Tensor, positions: Tensor
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """What the modules at `sites` are fed in one forward pass, and what they answer. (B, T) -> (B·T, hidden_size)."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    model: PreTrainedModel, sites: Iterable[Site], tokens: Tensor, positions: Tensor
+) -> dict[Site, tuple[Tensor, Tensor]]:
+    """What the modules at `sites` are fed in one forward pass, and what they answer. (B, T) -> (B·T, their width)."""
+    seen: dict[Site, tuple[Tensor, Tensor]] = {}
 
-    def watch(site: Site) -> torch.utils.hooks.RemovableHandle:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[site.block] = inputs[0].flatten(0, -2), output.flatten(0, -2)
+    def note_of(site: Site) -> Callable[[Tensor, Tensor], None]:
+        def note(x: Tensor, y: Tensor) -> None:
+            seen[site] = x.flatten(0, -2), y.flatten(0, -2)
 
-        return site.module.register_forward_hook(note)
+        return note
 
-    handles = [watch(site) for site in sites]
+    handles = [handle for site in sites for handle in listen(model, site, note_of(site))]
     try:
         model.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)
     finally:
@@ -235,10 +225,14 @@ class Explained:
 
 
 @torch.no_grad()
-def explained(modules: Mapping[int, nn.Module], activations: Activations) -> dict[int, float]:
-    """R² of each module as a stand-in for the one at its block, on the rows to judge on."""
-    scores = {block: Explained() for block in modules}
+def explained(modules: Mapping[Site, nn.Module], activations: Activations) -> dict[str, float]:
+    """R² of each module as a stand-in for the one at its site, on the rows to judge on, by the site's name."""
+    scores = {site: Explained() for site in modules}
     for part in activations.parts("judge"):
-        for block, (x, y) in part.seen.items():
-            scores[block].add(y, modules[block](x.to(next(modules[block].parameters()).dtype)))
-    return {block: score.value for block, score in scores.items()}
+        for site, (x, y) in part.seen.items():
+            scores[site].add(y, modules[site](x.to(next(modules[site].parameters()).dtype)))
+    return {site.name: score.value for site, score in scores.items()}
+
+
+def _first(answer: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return answer if isinstance(answer, Tensor) else answer[0]

@@ -91,6 +91,8 @@ def convert_module(old: nn.Module, new: nn.Module) -> float:
     Raises:
         SpecError: another form or number of layers; see convert_layer.
     """
+    if isinstance(old, KANLinear) and isinstance(new, KANLinear):
+        return convert_layer(old, new)
     if not (isinstance(old, KANFeedForward) and isinstance(new, KANFeedForward) and old.form == new.form != "glu"):
         raise SpecError("a basis is changed within one of the forms stack, single and gated; this block holds another")
     pairs = list(zip(old.kan_layers(), new.kan_layers(), strict=True))

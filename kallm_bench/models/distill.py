@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kallm_bench.models.calibration import Activations
+from kallm_bench.models.sites import Site
 from kallm_bench.progress import Watch, nobody
 
 RATE = 2e-3
@@ -22,17 +23,17 @@ TOKENS_A_STEP = 4096
 
 
 def distill(
-    modules: Mapping[int, nn.Module],
+    modules: Mapping[Site, nn.Module],
     activations: Activations,
     steps: int,
     watch: Watch = nobody,
     *,
     in_sequence: bool = False,
 ) -> None:
-    """Trains `modules` in place to answer as the modules at their blocks do. Draws no random numbers.
+    """Trains `modules` in place to answer as the modules at their sites do. Draws no random numbers.
 
     Args:
-        modules: block number -> what shall stand there, in float32.
+        modules: site -> what shall stand there, in float32.
         activations: of the untouched blocks.
         steps: of TOKENS_A_STEP tokens each, over the calibration rows again and again.
         in_sequence: feeds every block what the replaced blocks before it make of the text, instead of what the original
@@ -47,9 +48,9 @@ def distill(
             for group in optimiser.param_groups:
                 group["lr"] = RATE * min(1.0, (step + 1) / 20) * (0.505 + 0.495 * math.cos(math.pi * step / steps))
             missed = torch.zeros((), device=device)
-            for block, module in modules.items():
-                x, y = (each.float() for each in part.seen[block])
-                weights = activations.weights(block, y).float()
+            for site, module in modules.items():
+                x, y = (each.float() for each in part.seen[site])
+                weights = activations.weights(site, y).float()
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                     predicted = module(x)
                 errors = (predicted.float() - y).square().sum(-1)

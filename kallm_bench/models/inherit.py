@@ -9,30 +9,32 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import KANFeedForward
+from kallm_bench.kan import KANFeedForward, KANLinear
 from kallm_bench.models.calibration import Activations
 from kallm_bench.models.least_squares import OutputLayer
-from kallm_bench.models.sites import LINEAR, activation_of, intermediate_size, output_layer
+from kallm_bench.models.sites import LINEAR, Site, activation_of, intermediate_size, output_layer
 
 
 @torch.no_grad()
-def inherit(modules: Mapping[int, nn.Module], activations: Activations) -> dict[int, int]:
-    """Copies into each module the strongest hidden units of the one at its block, in their old order.
+def inherit(modules: Mapping[Site, nn.Module], activations: Activations) -> dict[Site, int]:
+    """Copies into each module the strongest hidden units of the one at its site, in their old order.
 
     A unit's strength is the weighted mean of what it adds to the output, h_j² |w_j|², over calibration rows.
 
     Returns:
-        Block number -> how many units were left behind; 0 at full width.
+        How many units were left behind; 0 at full width.
 
     Raises:
         SpecError: a form without the original's linear layers, or more units than the original has.
     """
-    for block in modules:
-        if isinstance(activations.module(block), KANFeedForward):
-            raise SpecError(f"block {block} holds a KAN; units are inherited from a model's own feed-forward alone")
+    for site, original in activations.modules.items():
+        if isinstance(original, KANFeedForward):
+            raise SpecError(
+                f"block {site.block} holds a KAN; units are inherited from a model's own feed-forward alone"
+            )
     left = {}
-    for block, strength in _strengths(activations).items():
-        module, original = modules[block], activations.module(block)
+    for site, strength in _strengths(activations).items():
+        module, original, block = modules[site], activations.modules[site], site.block
         units, hidden = len(strength), _hidden_of(module, activations.width)
         if hidden > units:
             raise SpecError(f"block {block}: {hidden} hidden units cannot be inherited from {units}; take fewer")
@@ -41,23 +43,44 @@ def inherit(modules: Mapping[int, nn.Module], activations: Activations) -> dict[
             _into_glu(original, module, kept, block)
         else:
             _into_copy(original, module, kept, units)
-        left[block] = units - hidden
+        left[site] = units - hidden
     return left
 
 
-def _strengths(activations: Activations) -> dict[int, Tensor]:
-    """Block number -> (units,) strength of each hidden unit of the module there."""
-    layers = {site.block: OutputLayer(site.module, activations.width) for site in activations.sites}
-    totals: dict[int, Tensor] = {}
+def _strengths(activations: Activations) -> dict[Site, Tensor]:
+    """(units,) strength of each hidden unit of the module at each site."""
+    layers = {site: OutputLayer(module, activations.width) for site, module in activations.modules.items()}
+    totals: dict[Site, Tensor] = {}
     for part in activations.parts("fit"):
-        for block, (x, y) in part.seen.items():
-            strength = (layers[block].features(x).double().square() * activations.weights(block, y)[:, None]).sum(0)
-            totals[block] = totals[block] + strength if block in totals else strength
-    for site in activations.sites:
-        layer = output_layer(site.module, activations.width)
+        for site, (x, y) in part.seen.items():
+            strength = (layers[site].features(x).double().square() * activations.weights(site, y)[:, None]).sum(0)
+            totals[site] = totals[site] + strength if site in totals else strength
+    for site, module in activations.modules.items():
+        layer = output_layer(module, activations.width)
         weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
-        totals[site.block] *= weight.double().square().sum(0)
+        totals[site] *= weight.double().square().sum(0)
     return totals
+
+
+@torch.no_grad()
+def keep_matrix(original: nn.Module, module: nn.Module) -> None:
+    """Makes a KAN layer with a linear path compute what the linear layer did that it replaces: its functions are zero.
+
+    Raises:
+        SpecError: what is replaced is no linear layer any more.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, KANLinear)]
+    if not isinstance(original, LINEAR):
+        raise SpecError("only a linear layer can be inherited from, and this one was replaced before")
+    matrix = original.weight if isinstance(original, nn.Linear) else original.weight.T
+    begin = 0
+    for layer in layers:
+        assert layer.linear is not None
+        layer.coefficients.zero_()
+        layer.linear.copy_(matrix[:, begin : begin + layer.in_features])
+        begin += layer.in_features
+    if original.bias is not None:
+        layers[0].add_constant(original.bias)
 
 
 def _hidden_of(module: nn.Module, width: int) -> int:

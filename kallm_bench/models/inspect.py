@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import GroupFunction, KANFeedForward, KANLinear
+from kallm_bench.kan import GroupFunction, KANFeedForward, KANLinear, ParallelKANLinear
 from kallm_bench.kan.bases import SQUASHES
 from kallm_bench.kan.feedforward import ACTIVATIONS
-from kallm_bench.models.retrofit import replaced_modules
+from kallm_bench.models.retrofit import replaced_sites
 
 LINEAR_WITHIN = 0.01
 """An edge counts as linear where what a line leaves over is at most this share of the function's deviation."""
@@ -70,8 +70,10 @@ def inspect_model(model: PreTrainedModel, top: int = 3) -> tuple[list[LayerFacts
         SpecError: the model holds no KAN.
     """
     facts, curves = [], []
-    for block, module in replaced_modules(model).items():
-        for name, layer in _layers(module):
+    for site, module in replaced_sites(model).items():
+        block = site.block
+        for inner, layer in _layers(module):
+            name = ".".join(part for part in (site.label, inner) if part)
             table = _Table.of(layer, module)
             residual = table.residual()
             curved = (residual / table.variance().clamp_min(1e-30)).clamp(0, 1).sqrt()
@@ -88,7 +90,7 @@ def inspect_model(model: PreTrainedModel, top: int = 3) -> tuple[list[LayerFacts
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, KANFeedForward):
+    if isinstance(module, KANFeedForward | KANLinear | ParallelKANLinear):
         for name, layer in module.named_modules():
             if isinstance(layer, KANLinear | GroupFunction):
                 yield name, layer

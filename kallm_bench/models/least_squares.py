@@ -14,11 +14,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from kallm_bench.errors import SpecError
 from kallm_bench.kan import KANFeedForward, KANLinear, ParallelKANLinear
+from kallm_bench.kan.feedforward import scale_layer
 from kallm_bench.models.calibration import Activations
-from kallm_bench.models.sites import output_layer
+from kallm_bench.models.sites import LINEAR, Site, output_layer
 from kallm_bench.progress import Watch, nobody
 
 RIDGES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -29,6 +31,9 @@ SCALES = (0.35, 0.7, 1.4)
 
 SCALE_TOKENS = 8192
 """How many tokens the input scale is chosen on."""
+
+LEARNED = (KANFeedForward, KANLinear, ParallelKANLinear)
+"""What has a last layer of functions, or may have."""
 
 
 @dataclass
@@ -127,17 +132,21 @@ class OutputLayer:
     """The last layer of any replacement, seen as a linear map of features.
 
     Args:
-        module: a KANFeedForward, or a copy of a model's own feed-forward.
-        hidden_size: its width, in and out.
+        module: a KANFeedForward, a KAN layer, or a copy of a model's own feed-forward or linear layer.
+        hidden_size: a feed-forward's width, in and out.
     """
 
     def __init__(self, module: nn.Module, hidden_size: int) -> None:
         self.module = module
-        self.layer = None if isinstance(module, KANFeedForward) else output_layer(module, hidden_size)
+        self.layer: nn.Linear | Conv1D | None = None
+        if isinstance(module, LINEAR):
+            self.layer = module
+        elif not isinstance(module, LEARNED):
+            self.layer = output_layer(module, hidden_size)
         if isinstance(module, KANFeedForward):
             self.has_constant: bool = module.has_constant
         else:
-            self.has_constant = getattr(self.layer, "bias", None) is not None
+            self.has_constant = self.layer is None or self.layer.bias is not None
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
@@ -145,6 +154,8 @@ class OutputLayer:
         x = x.to(next(self.module.parameters()).dtype)
         if isinstance(self.module, KANFeedForward):
             return self.module.output_features(x)
+        if isinstance(self.module, KANLinear | ParallelKANLinear):
+            return self.module.features(x)
         with _inputs_of(self.layer) as seen:
             self.module(x)
         return seen[0]
@@ -156,6 +167,9 @@ class OutputLayer:
         if isinstance(self.module, KANFeedForward):
             self.module.load_output(matrix, bias)
             return
+        if isinstance(self.module, KANLinear | ParallelKANLinear):
+            self.module.load_matrix(matrix, bias)
+            return
         weight = self.layer.weight  # type: ignore[union-attr]
         weight.copy_(matrix if isinstance(self.layer, nn.Linear) else matrix.T)
         if self.has_constant:
@@ -166,50 +180,54 @@ class OutputLayer:
         """Multiplies the layer's matrix, and so the output, by a number."""
         if isinstance(self.module, KANFeedForward):
             self.module.scale_output(float(factor))
+        elif self.layer is None:
+            for layer in self.module.modules():
+                if isinstance(layer, KANLinear):
+                    scale_layer(layer, float(factor))
         else:
-            self.layer.weight.mul_(float(factor))  # type: ignore[union-attr]
+            self.layer.weight.mul_(float(factor))
 
 
-def solve_outputs(modules: Mapping[int, nn.Module], activations: Activations, watch: Watch = nobody) -> None:
-    """Sets the output layer of each module by least squares to what the module at its block answers.
+def solve_outputs(modules: Mapping[Site, nn.Module], activations: Activations, watch: Watch = nobody) -> None:
+    """Sets the output layer of each module by least squares to what the module at its site answers.
 
     Raises:
         SpecError: fewer calibration tokens than unknowns; says how many there should be.
     """
-    outputs: dict[int, Solvable] = {b: OutputLayer(module, activations.width) for b, module in modules.items()}
-    inner: dict[int, Solvable] = {}
-    for block, module in modules.items():
+    outputs: dict[Site, Solvable] = {s: OutputLayer(module, activations.width) for s, module in modules.items()}
+    inner: dict[Site, Solvable] = {}
+    for site, module in modules.items():
         layer = module.inner_layer() if isinstance(module, KANFeedForward) else None
         if layer is not None:
-            inner[block] = InnerLayer(layer)
+            inner[site] = InnerLayer(layer)
     _choose_scales(modules, outputs | inner, activations)
-    for block, (equations, solution) in _solve(inner, activations, watch).items():
-        first, module = inner[block], modules[block]
+    for site, (equations, solution) in _solve(inner, activations, watch).items():
+        first, module = inner[site], modules[site]
         assert isinstance(first, InnerLayer)
         assert isinstance(module, KANFeedForward)
         first.load_directions(equations, solution)
         module.let_inner_through()
-    for block, (_, solution) in _solve(outputs, activations, watch).items():
-        outputs[block].load(solution)
+    for site, (_, solution) in _solve(outputs, activations, watch).items():
+        outputs[site].load(solution)
 
 
 def _solve(
-    layers: Mapping[int, Solvable], activations: Activations, watch: Watch
-) -> dict[int, tuple[Equations, Tensor]]:
-    """The equations of each layer's features for what its block answers, and their solution at the best ridge."""
+    layers: Mapping[Site, Solvable], activations: Activations, watch: Watch
+) -> dict[Site, tuple[Equations, Tensor]]:
+    """The equations of each layer's features for what its site answers, and their solution at the best ridge."""
     if not layers:
         return {}
     fitted, decided = _sum_up(layers, activations, "fit", watch), _sum_up(layers, activations, "decide")
-    for block in layers:
-        unknowns = len(fitted[block].squares)
-        if fitted[block].rows < unknowns:
+    for site in layers:
+        unknowns = len(fitted[site].squares)
+        if fitted[site].rows < unknowns:
             raise SpecError(
-                f"least squares has {unknowns} unknowns for each output and {fitted[block].rows} calibration tokens to "
+                f"least squares has {unknowns} unknowns for each output and {fitted[site].rows} calibration tokens to "
                 f"find them by; take at least {5 * unknowns} --calibration-tokens"
             )
     return {
-        block: (fitted[block], _best(fitted[block], decided[block], layer.has_constant)[1])
-        for block, layer in layers.items()
+        site: (fitted[site], _best(fitted[site], decided[site], layer.has_constant)[1])
+        for site, layer in layers.items()
     }
 
 
@@ -223,18 +241,18 @@ def _best(fitted: Equations, decided: Equations, constant: bool) -> tuple[float,
 
 
 def _sum_up(
-    outputs: Mapping[int, Solvable], activations: Activations, span: str, watch: Watch = nobody, most: int = 10**12
-) -> dict[int, Equations]:
+    outputs: Mapping[Site, Solvable], activations: Activations, span: str, watch: Watch = nobody, most: int = 10**12
+) -> dict[Site, Equations]:
     """The equations of the rows of a span, or of the first `most` tokens of it."""
-    equations: dict[int, Equations] = {}
+    equations: dict[Site, Equations] = {}
     done = 0
     for part in activations.parts(span):
-        for block in outputs:
-            x, y = part.seen[block]
-            features = outputs[block].features(x)
-            if block not in equations:
-                equations[block] = Equations.empty(features.shape[1], y.shape[1], y.device)
-            equations[block].add(features, y, activations.weights(block, y))
+        for site in outputs:
+            x, y = part.seen[site]
+            features = outputs[site].features(x)
+            if site not in equations:
+                equations[site] = Equations.empty(features.shape[1], y.shape[1], y.device)
+            equations[site].add(features, y, activations.weights(site, y))
             done += len(y)
         watch("least squares", done // len(outputs), activations.fit_tokens)
         if done >= most * len(outputs):
@@ -242,32 +260,33 @@ def _sum_up(
     return equations
 
 
-def _choose_scales(modules: Mapping[int, nn.Module], outputs: Mapping[int, Solvable], activations: Activations) -> None:
+def _choose_scales(
+    modules: Mapping[Site, nn.Module], outputs: Mapping[Site, Solvable], activations: Activations
+) -> None:
     """Sets the input scale of every module that has one: a channel's root mean square becomes one of SCALES."""
-    scaled = {block: layers for block, module in modules.items() if (layers := _scaled_layers(module))}
+    scaled = {site: layers for site, module in modules.items() if (layers := _scaled_layers(module))}
     if not scaled:
         return
     first = next(activations.parts("fit"))
-    sizes = {block: first.seen[block][0].float().square().mean(0) for block in scaled}
+    sizes = {site: first.seen[site][0].float().square().mean(0) for site in scaled}
     best = dict.fromkeys(scaled, (float("inf"), SCALES[0]))
-    few = {block: outputs[block] for block in scaled}
+    few = {site: outputs[site] for site in scaled}
     for scale in SCALES:
-        for block in scaled:
-            _set_scale(scaled[block], scale, sizes[block])
+        for site in scaled:
+            _set_scale(scaled[site], scale, sizes[site])
         fitted = _sum_up(few, activations, "fit", most=SCALE_TOKENS)
         decided = _sum_up(few, activations, "decide", most=SCALE_TOKENS)
-        for block in scaled:
-            missed = _best(fitted[block], decided[block], outputs[block].has_constant)[0]
-            best[block] = min(best[block], (missed, scale))
-    for block, (_, scale) in best.items():
-        _set_scale(scaled[block], scale, sizes[block])
+        for site in scaled:
+            missed = _best(fitted[site], decided[site], outputs[site].has_constant)[0]
+            best[site] = min(best[site], (missed, scale))
+    for site, (_, scale) in best.items():
+        _set_scale(scaled[site], scale, sizes[site])
 
 
 def _scaled_layers(module: nn.Module) -> list[KANLinear]:
     """The layers that take the module's own input and scale it."""
-    if not isinstance(module, KANFeedForward):
-        return []
-    return [layer for layer in module.input_layers() if layer.scale is not None]
+    layers = module.input_layers() if isinstance(module, KANFeedForward) else list(module.modules())
+    return [layer for layer in layers if isinstance(layer, KANLinear) and layer.scale is not None]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Replace the feed-forward modules of chosen blocks: all of them, or, where anything is wrong, none."""
+"""Replace the feed-forward parts of chosen blocks: all of them, or, where anything is wrong, none."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import copy
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from kallm_bench.models.anatomy import Anatomy
 from kallm_bench.models.calibration import Calibration
+from kallm_bench.models.completion import complete, count_parameters
 from kallm_bench.models.modeling import original_class, retrofitted_class, specs_of
-from kallm_bench.models.replacement import complete, count_parameters, make_replacement, winning_specs
-from kallm_bench.models.sites import find_sites
+from kallm_bench.models.replacement import make_replacement, winning_sites, winning_specs
+from kallm_bench.models.sites import Site, module_at, original_at, put
 from kallm_bench.models.spec import KANSpec
 from kallm_bench.models.start import StartReport, start
 from kallm_bench.progress import Watch, nobody
@@ -43,55 +44,65 @@ def retrofit_reporting(
         The spec with nothing left to defaults, and how well the replacements stand in.
 
     Raises:
-        SpecError: see KANSpec, find_sites, make_replacement and start.
+        SpecError: see KANSpec, Anatomy, make_replacement and start.
     """
-    sites = find_sites(model)
-    text_config = model.config.get_text_config(decoder=True)
-    originals = _original_feedforwards(model.config, original_class(model))
-    spec = complete(spec.resolved(len(sites)), originals, text_config.hidden_size, specs_of(model.config))
-    deviation = getattr(text_config, "initializer_range", 0.02)
+    anatomy = Anatomy.of(model.config, original_class(model))
+    before = specs_of(model.config)
+    spec = complete(spec.resolved(len(anatomy.blocks)), anatomy, before)
+    deviation = getattr(model.config.get_text_config(decoder=True), "initializer_range", 0.02)
 
-    replacements: dict[int, nn.Module] = {}
-    for block in map(int, spec.blocks):
+    held, standing, replacements = winning_specs(before), dict[Site, nn.Module](), dict[Site, nn.Module]()
+    for site in anatomy.sites(spec):
         with torch.device("meta"):
-            module = make_replacement(originals[block], text_config.hidden_size, spec)
-        replacements[block] = module.to(torch.float32).to_empty(device=model.device)
-    report = start(model, sites, replacements, spec, deviation, calibration, watch)
+            module = make_replacement(anatomy, site, spec)
+        same = (last := held.get((site.block, spec.part))) is not None and last.target == spec.target
+        standing[site] = module_at(model, site) if same else original_at(model, site)
+        replacements[site] = module.to(torch.float32).to_empty(device=_device_of(model, site))
+    report = start(model, standing, replacements, spec, deviation, calibration, watch)
 
-    for block, module in replacements.items():
-        module.to(model.dtype).train(model.training)
-        sites[block].replace(module)
-    model.config.kallm = [before.to_json() for before in specs_of(model.config)] + [spec.to_json()]
+    for site, earlier in winning_sites(anatomy, before):
+        for path in site.silent if site.block in spec.blocks and earlier.part == spec.part else ():
+            model.set_submodule(path, copy.deepcopy(anatomy.model.get_submodule(path)))  # it has no parameters
+    for site, module in replacements.items():
+        put(model, site, module.to(model.dtype).train(model.training))
+    model.config.kallm = [each.to_json() for each in before] + [spec.to_json()]
     model.__class__ = retrofitted_class(type(model))
     return spec, report
 
 
 def complete_spec(config: PreTrainedConfig, spec: KANSpec) -> KANSpec:
     """What `retrofit` would return for a model of this configuration; needs no weights and changes nothing."""
-    originals = _original_feedforwards(config, _architecture(config))
-    width = config.get_text_config(decoder=True).hidden_size
-    return complete(spec.resolved(len(originals)), originals, width, specs_of(config))
+    anatomy = Anatomy.of(config)
+    return complete(spec.resolved(len(anatomy.blocks)), anatomy, specs_of(config))
 
 
 def parameters_of(config: PreTrainedConfig, spec: KANSpec) -> int:
     """How many parameters a complete spec puts into a model of this configuration."""
-    originals = _original_feedforwards(config, _architecture(config))
-    return count_parameters(spec, originals, config.get_text_config(decoder=True).hidden_size)
+    return count_parameters(spec, Anatomy.of(config))
+
+
+def replaced_sites(model: PreTrainedModel) -> dict[Site, nn.Module]:
+    """What retrofits put into a model, in order of blocks; empty for an untouched one."""
+    specs = specs_of(model.config)
+    if not specs:
+        return {}
+    anatomy = Anatomy.of(model.config, original_class(model))
+    return {site: module_at(model, site) for site, _ in winning_sites(anatomy, specs)}
 
 
 def replaced_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Block number -> the module a retrofit put there; empty for an untouched model."""
-    blocks = winning_specs(specs_of(model.config))
-    return {site.block: site.module for site in find_sites(model) if site.block in blocks} if blocks else {}
+    """Block number -> the module that a retrofit put there, or a list of them where it put several."""
+    found: dict[int, list[nn.Module]] = {}
+    labelled = set()
+    for site, module in replaced_sites(model).items():
+        found.setdefault(site.block, []).append(module)
+        if site.label:
+            labelled.add(site.block)
+    return {b: nn.ModuleList(modules) if b in labelled else modules[0] for b, modules in found.items()}
 
 
-def _original_feedforwards(config: PreTrainedConfig, architecture: type[PreTrainedModel]) -> list[nn.Module]:
-    """The feed-forwards of the untouched architecture, one a block, as shapes without values."""
-    with torch.device("meta"):
-        skeleton = architecture._from_config(copy.deepcopy(config))
-    return [site.module for site in find_sites(skeleton)]
-
-
-def _architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    architecture: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return architecture
+def _device_of(model: PreTrainedModel, site: Site) -> torch.device:
+    """Where what stands at a site is: a model may be spread over several devices."""
+    devices = (parameter.device for parameter in model.get_submodule(site.path).parameters())
+    device: torch.device = next(devices, model.device)
+    return device

@@ -1,23 +1,60 @@
-"""Where a decoder's feed-forward modules are, found by structure and not by name.
+"""A place in a decoder for a new module: what is taken out, what is put in, and what flows through.
 
-A decoder keeps its blocks in the one ModuleList that is as long as its configuration says. In a block, the feed-forward
-is the child that has linear layers, takes the hidden states and nothing about attention, and gives back their width.
+A site is paths alone, so it is the same in every model of an architecture, with values or without, before a retrofit
+and after it. `anatomy` finds sites in the untouched architecture.
 """
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import KANFeedForward
 
 LINEAR = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for one new module.
+
+    Args:
+        block: whose it is, from 0.
+        path: where the new module stands, from the model's root.
+        label: which of several in a block; empty for the whole feed-forward.
+        chain: where a feed-forward is two layers and what is between, in order: the new module does what all of them
+            did.
+        adds: whether what stands at `path` takes the residual stream too and adds it.
+        returns: how many values what stands at `path` returns.
+        experts: whether the module that goes routes to experts.
+        silent: modules beside it that become identities.
+    """
+
+    block: int
+    path: str
+    label: str = ""
+    chain: tuple[str, ...] = ()
+    adds: bool = False
+    returns: int = 1
+    experts: bool = False
+    silent: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For people and metrics: "3", or "3.mlp.up_proj"."""
+        return f"{self.block}.{self.label}" if self.label else str(self.block)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All that changes: where the new module stands, then what becomes an identity."""
+        return (self.path, *self.silent, *(() if self.adds else self.chain[1:]))
 
 
 class NoFeedForward(nn.Module):
@@ -27,57 +64,85 @@ class NoFeedForward(nn.Module):
         return torch.zeros_like(x)
 
 
-@dataclass(frozen=True)
-class Site:
-    """One replaceable place: the feed-forward of block `block`, child `name` of `parent`."""
+class AddsResidual(nn.Module):
+    """A feed-forward in a block that hands it the residual stream and expects the sum, as Bloom's and MPT's do."""
 
-    block: int
-    parent: nn.Module
-    name: str
+    def __init__(self, feedforward: nn.Module, hidden_dropout: float) -> None:
+        super().__init__()
+        self.feedforward, self.hidden_dropout = feedforward, hidden_dropout
 
-    @property
-    def module(self) -> nn.Module:
-        return self.parent.get_submodule(self.name)
-
-    def replace(self, module: nn.Module) -> None:
-        """Puts `module` there."""
-        setattr(self.parent, self.name, module)
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + F.dropout(self.feedforward(x), self.hidden_dropout, self.training)
 
 
-def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's list of blocks.
+class ReturnsMore(nn.Module):
+    """A feed-forward in the place of one that returned more than hidden states: what a router thought is None now."""
 
-    Raises:
-        SpecError: none, or more than one, as long as the configuration says.
-    """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    lists = [candidate for candidate in lists if len({type(block) for block in candidate}) == 1]
-    inner = {part for candidate in lists for part in candidate.modules() if part is not candidate}
-    outer = [candidate for candidate in lists if candidate not in inner]
-    if len(outer) != 1:
-        raise SpecError(f"{type(model).__name__}: found {len(outer)} lists of {count} equal blocks, need one")
-    return outer[0]
+    def __init__(self, feedforward: nn.Module, count: int) -> None:
+        super().__init__()
+        self.feedforward, self.count = feedforward, count
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        return (self.feedforward(x), *[None] * (self.count - 1))
 
 
-def find_sites(model: PreTrainedModel) -> list[Site]:
-    """The feed-forward of every block, in order.
+def put(model: nn.Module, site: Site, module: nn.Module) -> None:
+    """Changes `model`: `module`, from hidden states to hidden states, takes the place."""
+    before = model.get_submodule(site.path)
+    if site.adds:
+        module = AddsResidual(module, getattr(before, "hidden_dropout", 0.0))
+    if site.returns > 1:
+        module = ReturnsMore(module, site.returns)
+    model.set_submodule(site.path, module)
+    for path in site.paths[1:]:
+        model.set_submodule(path, nn.Identity())
 
-    Raises:
-        SpecError: a block in which not exactly one child is a feed-forward module; says which children it has.
-    """
-    width = model.config.get_text_config(decoder=True).hidden_size
-    sites = []
-    for number, block in enumerate(find_blocks(model)):
-        names = [name for name, child in block.named_children() if _is_feedforward(child, width)]
-        if len(names) != 1:
-            children = ", ".join(f"{name} ({type(child).__name__})" for name, child in block.named_children())
-            raise SpecError(
-                f"{type(model).__name__}: block {number} has {len(names)} feed-forward modules where one can be "
-                f"replaced; its parts are {children}"
-            )
-        sites.append(Site(number, block, names[0]))
-    return sites
+
+@contextmanager
+def standing_in(model: nn.Module, modules: Mapping[Site, nn.Module]) -> Iterator[None]:
+    """Inside, `modules` stand in `model`; afterwards it is as it was."""
+    before = {path: model.get_submodule(path) for site in modules for path in site.paths}
+    try:
+        for site, module in modules.items():
+            put(model, site, module)
+        yield
+    finally:
+        for path, module in before.items():
+            model.set_submodule(path, module)
+
+
+def module_at(model: nn.Module, site: Site) -> nn.Module:
+    """The module that `put` has put there."""
+    module = model.get_submodule(site.path)
+    return module.feedforward if isinstance(module, AddsResidual | ReturnsMore) else module
+
+
+def original_at(model: nn.Module, site: Site) -> nn.Module:
+    """What stands there in a model in which nothing was put there, from hidden states to hidden states."""
+    if site.chain:
+        return nn.Sequential(*(model.get_submodule(path) for path in site.chain))
+    return model.get_submodule(site.path)
+
+
+def listen(model: nn.Module, site: Site, note: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
+    """Calls `note` with what the place is fed and what it answers, each (..., hidden_size), in every forward pass."""
+    fed: list[Tensor] = []
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        fed[:] = [each for each in inputs if isinstance(each, Tensor)][:2]
+
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        answer = output if isinstance(output, Tensor) else output[0]
+        note(fed[0], answer - fed[1] if site.adds else answer)
+
+    last = site.path if site.adds or not site.chain else site.chain[-1]
+    return [
+        model.get_submodule(site.path).register_forward_pre_hook(enter),
+        model.get_submodule(last).register_forward_hook(leave),
+    ]
+
+
+# --- what is inside ---------------------------------------------------------------------------------------------------
 
 
 def intermediate_size(feedforward: nn.Module, hidden_size: int) -> int:
@@ -86,7 +151,7 @@ def intermediate_size(feedforward: nn.Module, hidden_size: int) -> int:
     Raises:
         SpecError: not exactly one such width.
     """
-    widths = {_inputs(layer) for layer in _linear_layers(feedforward) if _outputs(layer) == hidden_size}
+    widths = {inputs_of(layer) for layer in linear_layers(feedforward) if outputs_of(layer) == hidden_size}
     if len(widths) != 1:
         raise SpecError(f"{type(feedforward).__name__}: cannot tell its inner width; pass hidden")
     return widths.pop()
@@ -114,32 +179,22 @@ def output_layer(feedforward: nn.Module, hidden_size: int) -> nn.Linear | Conv1D
     Raises:
         SpecError: there is none.
     """
-    layers = [layer for layer in _linear_layers(feedforward) if _outputs(layer) == hidden_size]
+    layers = [layer for layer in linear_layers(feedforward) if outputs_of(layer) == hidden_size]
     if not layers:
         raise SpecError(f"{type(feedforward).__name__}: no linear layer gives its output")
     return layers[-1]
 
 
-def _is_feedforward(module: nn.Module, width: int) -> bool:
-    if isinstance(module, KANFeedForward | NoFeedForward):
-        return True
-    layers = _linear_layers(module)
-    fits = any(_inputs(layer) == width for layer in layers) and any(_outputs(layer) == width for layer in layers)
-    takes = inspect.signature(module.forward).parameters
-    attends = any("attention" in name or "past" in name or "position" in name for name in takes)
-    needed = [
-        name for name, taken in takes.items() if taken.default is taken.empty and taken.kind < taken.VAR_POSITIONAL
-    ]
-    return fits and not attends and len(needed) == 1
-
-
-def _linear_layers(module: nn.Module) -> list[nn.Module]:
+def linear_layers(module: nn.Module) -> list[nn.Linear | Conv1D]:
+    """Every plain matrix, in order."""
     return [layer for layer in module.modules() if isinstance(layer, LINEAR)]
 
 
-def _inputs(layer: nn.Module) -> int:
-    return int(layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.weight.shape[1])  # type: ignore[index]
+def inputs_of(layer: nn.Linear | Conv1D) -> int:
+    """How wide a row is that a matrix takes."""
+    return int(layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.weight.shape[1])
 
 
-def _outputs(layer: nn.Module) -> int:
-    return int(layer.weight.shape[1] if isinstance(layer, Conv1D) else layer.weight.shape[0])  # type: ignore[index]
+def outputs_of(layer: nn.Linear | Conv1D) -> int:
+    """How wide a row is that a matrix gives."""
+    return int(layer.weight.shape[1] if isinstance(layer, Conv1D) else layer.weight.shape[0])

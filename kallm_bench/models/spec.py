@@ -17,11 +17,20 @@ NOT_BASES = {
 }
 """What may stand in a basis's place without being one."""
 
+TARGETS = {
+    "feedforward": "the whole feed-forward of a block, by one module",
+    "linears": "each linear layer inside the feed-forward, by a KAN layer; what is between them stays",
+    "attention": "each linear layer of the attention, by a KAN layer",
+}
+"""What a retrofit replaces in a block."""
+
+ACTIVATIONS_KEPT = ("keep", "drop")
+
 STARTS = {
     "random": "drawn anew, preserving variance",
     "lstsq": "the output layer solved in closed form to answer as the replaced module did",
     "distill": "trained for some steps to answer as the replaced module did",
-    "inherit": "the replaced module's strongest hidden units go on; for glu and linear",
+    "inherit": "the replaced module's strongest hidden units go on, for glu and linear; of a single layer, the matrix",
     "sequence": "distilled for a quarter of the steps on what the replaced blocks feed each other",
     "convert": "the functions that the blocks hold already, written in the new basis or degree",
 }
@@ -37,6 +46,9 @@ LATER = {
     "start": "random",
     "start_steps": 400,
     "params": None,
+    "target": "feedforward",
+    "activation": "keep",
+    "experts": False,
 }
 """Fields that came later, with what was meant before: written only where they differ, so that older keys hold."""
 
@@ -63,6 +75,10 @@ class KANSpec:
         params: sets `hidden` to what comes nearest to so many parameters in all replaced modules: a number, or
             "original" for as many as are replaced.
         seed: of the random start.
+        target: a key of TARGETS. In the place of single layers a KAN layer has no form, and `hidden` is the inner width
+            of the feed-forward around it; None leaves it as it is.
+        activation: "keep", or "drop" for linear layers without the feed-forward's own activation between them.
+        experts: whether a feed-forward that routes to experts may be replaced as a whole.
 
     Raises:
         SpecError: anything in it that cannot be, whatever the model.
@@ -82,13 +98,16 @@ class KANSpec:
     start: str = "auto"
     start_steps: int = 400
     params: int | str | None = None
+    target: str = "feedforward"
+    activation: str = "keep"
+    experts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("degree", "hidden", "seed", "groups", "start_steps"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise SpecError(f"{name} must be a whole number, got {value!r}")
-        for name in ("basis", "form", "constant", "start"):
+        for name in ("basis", "form", "constant", "start", "target", "activation"):
             if not isinstance(getattr(self, name), str):
                 raise SpecError(f"{name} must be text, got {getattr(self, name)!r}")
         if not isinstance(self.blocks, str | tuple):
@@ -109,6 +128,7 @@ class KANSpec:
         if not self.is_basis and (self.form, self.constant) != ("stack", "bias"):
             raise SpecError(f"'{self.basis}' is no KAN: leave form and constant out")
         self._check_options()
+        self._check_target()
         if not 0 <= self.seed < 2**32:
             raise SpecError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.hidden is not None and self.hidden < 1:
@@ -125,7 +145,7 @@ class KANSpec:
             raise SpecError(f"'{self.basis}' has no degree; leave it out")
 
     def _check_options(self) -> None:
-        for name in ("linear", "up", "scaled"):
+        for name in ("linear", "up", "scaled", "experts"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be true or false, got {getattr(self, name)!r}")
         glu = self.is_basis and self.form == "glu"
@@ -149,6 +169,22 @@ class KANSpec:
             if not (number and self.params > 0) and self.params != "original":  # type: ignore[operator]
                 raise SpecError(f"params should be a number above 0 or 'original', got {self.params!r}")
 
+    def _check_target(self) -> None:
+        if self.target not in TARGETS:
+            raise SpecError(unknown("target", self.target, TARGETS))
+        if self.activation not in ACTIVATIONS_KEPT:
+            raise SpecError(unknown("treatment of the activation", self.activation, ACTIVATIONS_KEPT))
+        if self.activation == "drop" and self.target != "linears":
+            raise SpecError(f"target '{self.target}' has no activation to drop; leave it out, or take target 'linears'")
+        if self.target == "feedforward":
+            return
+        if self.basis == "drop" or ">" in self.basis or self.form != "stack" or self.experts:
+            raise SpecError(
+                f"target '{self.target}' puts a layer in a layer's place: no drop, sequential mix, form or experts"
+            )
+        if self.target == "attention" and (self.hidden is not None or self.params is not None):
+            raise SpecError("the widths of attention are its heads': leave hidden and params out")
+
     def _check_phases(self, phases: list[str]) -> None:
         if "convert" in phases and len(phases) > 1:
             raise SpecError("start 'convert' stands alone")
@@ -157,13 +193,21 @@ class KANSpec:
             raise SpecError(
                 f"start '{self.start}': random, lstsq and inherit can only come first, sequence only last, each once"
             )
-        if "inherit" in phases and self.is_basis and self.form != "glu":
+        if "inherit" in phases and self.target != "feedforward":
+            if not self.is_basis:
+                raise SpecError("a linear layer that inherits would be the old one; take another start or a basis")
+        elif "inherit" in phases and self.is_basis and self.form != "glu":
             raise SpecError(f"form '{self.form}' has no linear layers to inherit; take form 'glu', or another start")
 
     @property
     def is_basis(self) -> bool:
         """False for the two controls, "linear" and "drop"."""
         return self.basis not in NOT_BASES
+
+    @property
+    def part(self) -> str:
+        """What of a block it changes: of two retrofits of one part the later wins."""
+        return "attention" if self.target == "attention" else "feedforward"
 
     @property
     def family(self) -> str:
@@ -199,9 +243,10 @@ class KANSpec:
         return cls(blocks=blocks if isinstance(blocks, str) else tuple(blocks), **data)
 
 
-def needs_calibration(start: str) -> bool:
+def needs_calibration(start: str, target: str = "feedforward") -> bool:
     """Whether some phase of a start looks at what the replaced modules do."""
-    return bool(set(start.split("+")) - {"auto", "random", "convert"})
+    by_themselves = {"auto", "random", "convert"} | (set() if target == "feedforward" else {"inherit"})
+    return bool(set(start.split("+")) - by_themselves)
 
 
 def read_blocks(text: str, block_count: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import KANFeedForward
+from kallm_bench.kan import KANFeedForward, KANLinear, ParallelKANLinear
 from kallm_bench.models.calibration import Activations, Calibration, explained
 from kallm_bench.models.convert import convert_module
 from kallm_bench.models.distill import distill
-from kallm_bench.models.inherit import inherit
+from kallm_bench.models.inherit import inherit, keep_matrix
 from kallm_bench.models.least_squares import OutputLayer, solve_outputs
 from kallm_bench.models.sites import LINEAR, Site
 from kallm_bench.models.spec import KANSpec, needs_calibration
@@ -26,18 +27,19 @@ class StartReport:
     """How well the replacements stand in for what they replace.
 
     Args:
-        r2: block number -> R² on held-out calibration rows; empty without calibration.
+        r2: name of a site (a block's number, unless it has several) -> R² on held-out calibration rows; empty without
+            calibration.
         conversion_error: largest miss of a change of basis, relative to each function's largest value; else None.
     """
 
-    r2: Mapping[int, float] = field(default_factory=dict)
+    r2: Mapping[str, float] = field(default_factory=dict)
     conversion_error: float | None = None
 
 
 def start(
     model: PreTrainedModel,
-    sites: list[Site],
-    replacements: Mapping[int, nn.Module],
+    standing: Mapping[Site, nn.Module],
+    replacements: Mapping[Site, nn.Module],
     spec: KANSpec,
     deviation: float,
     calibration: Calibration | None = None,
@@ -47,7 +49,8 @@ def start(
 
     Args:
         model: with the old modules still in place; not changed.
-        replacements: block number -> the new module; changed in place.
+        standing: what stands at each site.
+        replacements: what shall stand there; changed in place.
         deviation: standard deviation of linear weights drawn at random, the model's own `initializer_range`.
         calibration: needed by all phases but "random" and "convert"; with it, a random start has the output variance of
             what it replaces.
@@ -56,26 +59,31 @@ def start(
         SpecError: a start that needs calibration and has none; and as the phases do.
     """
     phases = spec.start.split("+")
-    if calibration is None and needs_calibration(spec.start):
+    if calibration is None and needs_calibration(spec.start, spec.target):
         raise SpecError(f"start '{spec.start}' needs calibration data; pass --calibration, or take --start random")
-    for block, module in replacements.items():
-        start_randomly(module.eval(), spec.seed, block, deviation)
-    chosen = [site for site in sites if site.block in replacements]
-    module_at = {site.block: site.module for site in chosen}
+    draws = Counter[int]()
+    for site, module in replacements.items():
+        start_randomly(module.eval(), spec.seed, site.block, deviation, draws[site.block])
+        draws[site.block] += 1
     if phases == ["convert"]:
-        return StartReport(conversion_error=max(convert_module(module_at[b], new) for b, new in replacements.items()))
+        return StartReport(conversion_error=max(convert_module(standing[s], new) for s, new in replacements.items()))
+    if phases[0] == "inherit" and spec.target != "feedforward":
+        for site, module in replacements.items():
+            keep_matrix(standing[site], module)
+        if calibration is None or phases == ["inherit"]:
+            return StartReport()
     if calibration is None or not any(True for module in replacements.values() for _ in module.parameters()):
         return StartReport()
     training = model.training
     try:
         model.eval()  # what is replaced must answer the same each time
-        return _calibrated(Activations(model, chosen, calibration), replacements, spec, watch)
+        return _calibrated(Activations(model, standing, calibration), replacements, spec, watch)
     finally:
         model.train(training)
 
 
 def _calibrated(
-    activations: Activations, replacements: Mapping[int, nn.Module], spec: KANSpec, watch: Watch
+    activations: Activations, replacements: Mapping[Site, nn.Module], spec: KANSpec, watch: Watch
 ) -> StartReport:
     phases = spec.start.split("+")
     if phases[0] in ("random", "distill", "sequence"):  # the others do not begin from what was drawn
@@ -83,7 +91,7 @@ def _calibrated(
     for phase in phases:
         if phase == "lstsq":
             solve_outputs(replacements, activations, watch)
-        elif phase == "inherit":
+        elif phase == "inherit" and spec.target == "feedforward":
             if any(inherit(replacements, activations).values()):
                 solve_outputs(replacements, activations, watch)  # what was left behind is made up for
         elif phase == "distill":
@@ -94,19 +102,19 @@ def _calibrated(
 
 
 @torch.no_grad()
-def start_randomly(module: nn.Module, seed: int, block: int, deviation: float) -> None:
-    """Draws every parameter of a replacement anew; the same on every machine and device for equal (seed, block).
+def start_randomly(module: nn.Module, seed: int, block: int, deviation: float, number: int = 0) -> None:
+    """Draws every parameter of a replacement anew; the same on every machine for equal (seed, block, number).
 
     Args:
         module: what make_replacement built; changed in place.
-        seed, block: which draw.
+        seed, block, number: which draw; `number` counts the replacements in a block.
         deviation: standard deviation of linear weights, the model's own `initializer_range`.
 
     Raises:
         SpecError: the module holds parameters of a kind that has no known start.
     """
-    generator = torch.Generator().manual_seed(1_000_003 * seed + block)
-    if isinstance(module, KANFeedForward):
+    generator = torch.Generator().manual_seed(1_000_003 * seed + 7_919 * number + block)
+    if isinstance(module, KANFeedForward | KANLinear | ParallelKANLinear):
         module.reset_parameters(generator)
         return
     for layer in module.modules():
@@ -120,9 +128,9 @@ def start_randomly(module: nn.Module, seed: int, block: int, deviation: float) -
 
 
 @torch.no_grad()
-def _match_variance(modules: Mapping[int, nn.Module], activations: Activations) -> None:
+def _match_variance(modules: Mapping[Site, nn.Module], activations: Activations) -> None:
     """Scales each output layer so that the output's variance is that of the replaced module, over one batch of rows."""
-    for block, (x, y) in next(activations.parts("fit")).seen.items():
-        output = OutputLayer(modules[block], activations.width)
-        predicted = modules[block](x.to(next(modules[block].parameters()).dtype))
+    for site, (x, y) in next(activations.parts("fit")).seen.items():
+        output = OutputLayer(modules[site], activations.width)
+        predicted = modules[site](x.to(next(modules[site].parameters()).dtype))
         output.scale((y.double().var() / predicted.double().var()).sqrt())

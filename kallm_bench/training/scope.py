@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from kallm_bench.errors import TrainingError, unknown
 from kallm_bench.models import replaced_modules
-from kallm_bench.models.sites import find_blocks
+from kallm_bench.models.anatomy import find_blocks
 
 SCOPES = {
     "replaced": "the modules a retrofit put in",

@@ -12,17 +12,30 @@ from torch import Tensor
 
 from kallm_bench.kan.kernels import passes
 from kallm_bench.kan.kernels.families import Family
-from kallm_bench.kan.kernels.hopper_plans import Piped, Specialised
+from kallm_bench.kan.kernels.hopper_plans import Halved, Piped, Specialised
 
 PIECE = 64
 """Columns of y that a persistent program writes at once."""
+SMALL_PIECE = 32
+"""Columns of y that one of a program's two groups writes at once."""
 
 
-def forward(x: Tensor, coefficients: Tensor, bias: Tensor | None, y: Tensor, family: Family, plan: Specialised) -> None:
+def forward(
+    x: Tensor, coefficients: Tensor, bias: Tensor | None, y: Tensor, family: Family, plan: Specialised | Halved
+) -> None:
     """Writes y (M, O) of x (M, I), coefficients (O, D, I) and bias (O,).
 
     A family of polynomials, M > 0, D at most plan.degrees, on a Hopper GPU; all but the bias as `fused.reachable` says.
     """
+    if isinstance(plan, Halved):
+        _forward_in_halves(x, coefficients, bias, y, family, plan)
+    else:
+        _forward_specialised(x, coefficients, bias, y, family, plan)
+
+
+def _forward_specialised(
+    x: Tensor, coefficients: Tensor, bias: Tensor | None, y: Tensor, family: Family, plan: Specialised
+) -> None:
     (M, I), O, (wide, narrow) = x.shape, len(coefficients), plan.outputs
     kernels, (features, ring) = _kernels(), plan.rings[family.functions - 1]
     tiles = triton.cdiv(M, plan.rows) * triton.cdiv(O, wide + narrow)
@@ -39,6 +52,24 @@ def forward(x: Tensor, coefficients: Tensor, bias: Tensor | None, y: Tensor, fam
         _matrix(y, plan.rows, widths[1], swizzle=swizzle), read, M, I, O, BIAS=bias is not None,
         WIDE=wide, NARROW=narrow, FS=features, CS=ring, PERSISTENT=plan.persistent,
         **_options(x, family, plan),
+    )  # fmt: skip
+
+
+def _forward_in_halves(
+    x: Tensor, coefficients: Tensor, bias: Tensor | None, y: Tensor, family: Family, plan: Halved
+) -> None:
+    from kallm_bench.kan.kernels import hopper_halves  # Gluon; see hopper_kernels
+
+    (M, I), O = x.shape, len(coefficients)
+    stages, pieces = plan.rings[family.functions - 1]
+    tiles = triton.cdiv(M, plan.rows) * triton.cdiv(O, sum(plan.outputs))
+    hopper_halves.forward[(min(tiles, _processors(x.device)),)](
+        _matrix(x, plan.rows, plan.inputs), _matrix(coefficients, plan.outputs[0], 1, plan.inputs),
+        _matrix(coefficients, plan.outputs[-1], 1, plan.inputs), _matrix(y, plan.rows // 2, SMALL_PIECE),
+        y if bias is None else bias, M, I, O, FIRST=family.first, R=family.steps, SQUASH=family.squash,
+        BITS=passes.bits_of(x.dtype), BIAS=bias is not None, WIDTHS=plan.outputs, STAGES=stages, PIECES=pieces,
+        LEAD=min(plan.lead, stages - 1),
+        num_warps=4,  # those of a group; Triton adds the others
     )  # fmt: skip
 
 

@@ -154,9 +154,9 @@ def _fetch_coefficients(matrices, rings, full, slot, tile, i, AHEAD: gl.constexp
 
 
 @gluon.jit
-def _sums(bias_ptr, out, O, BIAS: gl.constexpr, BM: gl.constexpr, BO: gl.constexpr):
+def _sums(bias_ptr, out, O, BIAS: gl.constexpr, BM: gl.constexpr, BO: gl.constexpr, WARPS: gl.constexpr = 8):
     """(BM, BO) what a tile's sums begin with: the bias, or zeros. A warp holds all columns of 16 rows."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BO, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BO, 16])
     sums = gl.zeros([BM, BO], gl.float32, layout)
     if BIAS:
         outs = out + gl.arange(0, BO, gl.SliceLayout(0, layout))
@@ -180,7 +180,7 @@ def _write_in_pieces(sums, matrices, buffers, row, out):
     tma.store_wait(0)  # the tile before, whose last piece may have left through the first buffer; done long ago
     BUFFERS: gl.constexpr = buffers.shape[0]
     PIECES: gl.constexpr = sums[0].shape[1] // matrices[0].block_shape[1]  # of the first part
-    for part in gl.static_range(2):
+    for part in gl.static_range(len(sums)):
         matrix = matrices[part]  # its tiles are pieces
         pieces = _pieces(sums[part], matrix.block_shape[1])
         for n in gl.static_range(len(pieces)):

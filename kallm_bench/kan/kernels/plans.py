@@ -21,7 +21,7 @@ import torch
 
 from kallm_bench.errors import DeviceError, SpecError, unknown
 from kallm_bench.files import cache_folder, write_file
-from kallm_bench.kan.kernels.hopper_plans import SPECIALISED, Piped, Specialised
+from kallm_bench.kan.kernels.hopper_plans import HALVED, SPECIALISED, Halved, Piped, Specialised
 
 OPERATIONS = ("forward", "input_gradient", "coefficient_gradient")
 SHIPPED = Path(__file__).with_name("plans.json")
@@ -56,8 +56,8 @@ class Library:
     buffer_bytes: int
 
 
-Plan = Tile | Library | Specialised | Piped
-KINDS: tuple[type, ...] = (Tile, Library, Specialised, Piped)
+Plan = Tile | Library | Specialised | Halved | Piped
+KINDS: tuple[type, ...] = (Tile, Library, Specialised, Halved, Piped)
 
 PLANS: dict[str, dict[str, Plan]] = {
     "forward": {
@@ -84,6 +84,7 @@ PLANS: dict[str, dict[str, Plan]] = {
         "tile-32x32": Tile(32, 64, (32, 1, 0), 3, 4, degrees=8),
     },
 }
+PLANS["forward"].update(HALVED)
 for _operation, _plans in PLANS.items():
     _plans.update(SPECIALISED.get(_operation, {}))
     _plans.update({f"library-{mib}": Library(mib * 2**20) for mib in (16, 32, 48)})
