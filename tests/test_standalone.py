@@ -14,7 +14,7 @@ import pytest
 import standalone_reader
 import torch
 from standalone_reader import TOKENS, logits
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, GPT2Config, MixtralConfig, OPTConfig
 from transformers.dynamic_module_utils import get_imports
 
 from kallm_bench.kan import BASES
@@ -35,8 +35,23 @@ HISTORIES = {  # name: the retrofits that a model went through
     "narrow": [KANSpec("1", "linear", hidden=24)],
     "drop": [KANSpec("1", "drop")],
     "two retrofits": [KANSpec("all", "cheby2"), KANSpec("1", "mexican-hat")],
+    "linear layers": [KANSpec("1", "cheby2", target="linears", hidden=24)],
+    "linear layers without activation": [KANSpec("1", "rbf:centers=4", target="linears", activation="drop")],
+    "attention": [KANSpec("1", "legendre", target="attention")],
     "gpt2": [KANSpec("0", "cheby4"), KANSpec("1", "linear", hidden=24)],
+    "opt": [KANSpec("0", "cheby2"), KANSpec("1", "drop")],
+    "bloom": [KANSpec("0", "cheby2"), KANSpec("1", "legendre", target="linears")],
+    "mixtral": [KANSpec("1", "cheby2", hidden=16, experts=True)],
     **{f"basis {name}": [KANSpec("1", name)] for name in sorted(BASES)},
+}
+
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+ARCHITECTURES = {  # histories of these names are of these; the others of a Llama
+    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1),
+    "opt": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32),  # its blocks call two layers themselves
+    "bloom": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),  # its feed-forward adds the residual
+    "mixtral": MixtralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, num_local_experts=4),
 }
 
 
@@ -44,9 +59,8 @@ HISTORIES = {  # name: the retrofits that a model went through
 def made(history, tiny_llama):
     """A tiny model that went through a history, and whose every parameter has moved since."""
     torch.manual_seed(0)
-    if history == "gpt2":
-        config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1)
-        model = AutoModelForCausalLM.from_config(config).eval()
+    if history in ARCHITECTURES:
+        model = AutoModelForCausalLM.from_config(ARCHITECTURES[history]).eval()
     else:
         model = tiny_llama(vocab_size=97, num_hidden_layers=2)
     for spec in HISTORIES[history]:
