@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BloomForCausalLM, GPT2Config, LlamaForCausalLM, MixtralForCausalLM
 
 from kallm_bench.errors import KallmError
 from kallm_bench.files import DiskError, new_folder, write_file
@@ -25,7 +25,7 @@ from kallm_bench.models import (
     retrofit,
     save_checkpoint,
 )
-from kallm_bench.models.modeling import specs_of
+from kallm_bench.models.modeling import retrofitted_class, specs_of
 
 TOKENS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79], [31, 41, 59, 26, 53, 58, 9, 7]])
 
@@ -204,10 +204,15 @@ def test_what_the_folder_holds(folder, model):
         "generation_config.json",
         "kallm.json",
         "model.safetensors",
+        "modeling_kallm.py",
     }
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "kallm"
-    assert config["architectures"] == ["KallmForCausalLM"]
+    assert config["architectures"] == ["KallmForCausalLM"] == [type(model).__name__]
+    assert config["auto_map"] == {
+        "AutoConfig": "modeling_kallm.KallmConfig",
+        "AutoModelForCausalLM": "modeling_kallm.KallmForCausalLM",
+    }
     assert config["base_config"]["model_type"] == "llama"
     assert config["base_config"]["hidden_size"] == 32
     assert [KANSpec.from_json(entry) for entry in config["retrofits"]] == specs_of(model.config)
@@ -253,6 +258,131 @@ def test_weights_in_several_files(model, tmp_path):
     assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 1
     loaded, _ = load_checkpoint(tmp_path / "checkpoint")
     assert torch.equal(logits(loaded), logits(model))
+
+
+# What the ecosystem does with it
+
+TYPICAL = [KANSpec((1,), "cheby2", scaled=True), KANSpec((2,), "rational", form="glu"), KANSpec((3,), "linear")]
+
+
+@pytest.fixture
+def typical(tiny_llama, tmp_path):
+    """A model with a KAN, learned functions and a restart in it, and its checkpoint."""
+    model = tiny_llama(vocab_size=97)
+    for spec in TYPICAL:
+        retrofit(model, spec)
+    save_checkpoint(tmp_path / "checkpoint", model)
+    return model, tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "bfloat16"], ids=str)
+def test_the_auto_class_takes_a_dtype(typical, dtype):
+    model, folder = typical
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    for (name, mine), saved in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert mine.dtype == wanted, name
+        assert torch.equal(mine, saved.to(wanted)), name
+    assert logits(loaded).isfinite().all()
+
+
+@pytest.mark.parametrize("way", ["eager", "sdpa"])
+def test_the_auto_class_takes_a_way_of_attention(typical, way):
+    model, folder = typical
+    loaded = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=way)
+    assert loaded.config._attn_implementation == way
+    torch.testing.assert_close(logits(loaded), logits(model))
+    other = "sdpa" if way == "eager" else "eager"
+    loaded.set_attn_implementation(other)
+    assert loaded.config._attn_implementation == other
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("base", [LlamaForCausalLM, MixtralForCausalLM, BloomForCausalLM])
+def test_what_may_be_set_is_as_in_the_architecture(base):
+    """transformers reads it off the source file of a class, which is another one here."""
+    ours = retrofitted_class(base)
+    assert ours._can_set_attn_implementation() == base._can_set_attn_implementation()
+    assert ours._can_set_experts_implementation() == base._can_set_experts_implementation()
+
+
+@pytest.mark.parametrize("place", [{"": "cpu"}, "cpu", "auto"], ids=str)
+def test_the_auto_class_takes_a_device_map(typical, place):
+    model, folder = typical
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map=place)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(logits(loaded).cpu(), logits(model))
+
+
+@pytest.mark.parametrize("form", ["kan", "mixed"])
+def test_small_shards_give_the_same(make, form, tmp_path):
+    model = make(form)
+    model.save_pretrained(tmp_path / "checkpoint", max_shard_size="5KB")
+    assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 4
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")), logits(model))
+
+
+def test_the_auto_class_refuses_weights_with_a_hole(folder):
+    edit_weights(lambda tensors: tensors.pop("model.layers.0.mlp.layers.0.coefficients"))(folder)
+    with pytest.raises(KallmError, match=r"model\.layers\.0\.mlp\.layers\.0\.coefficients"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert report["missing_keys"] == {"model.layers.0.mlp.layers.0.coefficients"}
+    assert isinstance(loaded, LlamaForCausalLM)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # its name before
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(typical, reentrant):
+    _, folder = typical
+    plain, saving = (load_checkpoint(folder)[0].train() for _ in range(2))
+    saving.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for model in (plain, saving):
+        model(TOKENS, labels=TOKENS).loss.backward()
+    assert any(getattr(part, "gradient_checkpointing", False) for part in saving.modules())
+    for (name, mine), other in zip(saving.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, msg=lambda told, name=name: f"{name}: {told}")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_it_compiles_whole(typical, backend):
+    model, folder = typical
+    loaded, _ = load_checkpoint(folder)
+    torch.compiler.reset()
+    compiled = torch.compile(loaded, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_peft_adds_lora(typical, tmp_path):
+    """One step of training, the adapter saved, put onto the checkpoint again, and merged into it."""
+    peft = pytest.importorskip("peft")
+    model, folder = typical
+    loaded, _ = load_checkpoint(folder)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(loaded, settings)
+    learning = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert len(learning) == 2 * 2 * 4  # two matrices, of two projections, in four blocks
+    optimizer = torch.optim.AdamW(learning, lr=0.01)
+    before = adapted(TOKENS, labels=TOKENS).loss
+    for _ in range(4):
+        optimizer.zero_grad()
+        adapted(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    adapted.eval()
+    assert adapted(TOKENS, labels=TOKENS).loss < before
+    assert not torch.equal(logits(adapted), logits(model))
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    again = peft.PeftModel.from_pretrained(load_checkpoint(folder)[0], tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(adapted))
+    merged = again.merge_and_unload()
+    assert type(merged) is type(model)
+    torch.testing.assert_close(logits(merged), logits(adapted))
+    save_checkpoint(tmp_path / "merged", merged)
+    assert torch.equal(logits(load_checkpoint(tmp_path / "merged")[0]), logits(merged))
 
 
 # Damage

@@ -15,7 +15,7 @@ from kallm_bench.kan.bases import SQUASHES, Basis, make_basis
 from kallm_bench.kan.kernels import local as module
 from kallm_bench.kan.kernels.local import NEAREST, group_local, local_values, sparse_edge_product
 from kallm_bench.kan.kernels.tiles import Launch
-from kallm_bench.kan.ops import group_of_squashed
+from kallm_bench.kan.reference import group_of_squashed
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 

@@ -20,6 +20,7 @@ ORDER = [
     "interrupts",
     "kan.bases",
     "kan.kernels",
+    "kan.reference",
     "kan.ops",
     "kan.layers",
     "kan.feedforward",

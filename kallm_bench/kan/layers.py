@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from kallm_bench.errors import SpecError, unknown
 from kallm_bench.kan.bases import BASES, SQUASHES, Basis, make_basis
 from kallm_bench.kan.bases.base import read_arguments
-from kallm_bench.kan.ops import expand, group_function, group_of_squashed, kan_linear
+from kallm_bench.kan.ops import group_function, kan_linear
+from kallm_bench.kan.reference import expand, group_of_squashed
 
 CONSTANTS = ("bias", "edge")
 

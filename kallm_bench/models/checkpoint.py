@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from kallm_bench.files import new_folder
-from kallm_bench.models.modeling import specs_of
+from kallm_bench.models.modeling import MODELING_FILE, original_class, specs_of
 from kallm_bench.models.sources import find_model, load_model, quiet_transformers
+from kallm_bench.models.standalone import modeling_file
 
 
 def save_checkpoint(
@@ -63,7 +64,7 @@ def _model_card(model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> st
             "library_name: transformers",
             "tags: [kolmogorov-arnold-network]",
             "---",
-            f"# {type(model).__name__}, {parameters:,} parameters",
+            f"# {original_class(model).__name__}, {parameters:,} parameters",
             "",
             "Feed-forward parts replaced, in order:" if retrofits else "No part was replaced.",
             *retrofits,
@@ -72,6 +73,17 @@ def _model_card(model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> st
             *records,
             "",
             "Load it with `import kallm_bench` and `AutoModelForCausalLM.from_pretrained(folder)`.",
+            *_without_kallm(model),
             "",
         ]
     )
+
+
+def _without_kallm(model: PreTrainedModel) -> list[str]:
+    specs = specs_of(model.config)
+    if not specs or modeling_file(specs) is None:
+        return []
+    return [
+        f"Without kallm_bench: read `{MODELING_FILE}`, which holds the model's code in plain PyTorch, then",
+        "`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.",
+    ]

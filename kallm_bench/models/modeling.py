@@ -2,7 +2,8 @@
 
 A retrofitted Llama stays a Llama: same attributes, same parameter names outside the replaced modules, same generate. So
 its class is a subclass made on the fly, and nothing has to be forwarded by hand. Only config.json differs: its
-`model_type` is "kallm" and it holds the base model's configuration and the specs.
+`model_type` is "kallm", it holds the base model's configuration and the specs, and it names the modelling file to use
+where kallm_bench is not installed, see standalone.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from kallm_bench.errors import CheckpointError
 from kallm_bench.models.replacement import install
 from kallm_bench.models.spec import KANSpec
+from kallm_bench.models.standalone import modeling_file
+
+MODELING_FILE = "modeling_kallm.py"
+"""In the folder of a checkpoint: these classes, for an environment without kallm_bench."""
+
+AUTO_MAP = {"AutoConfig": "modeling_kallm.KallmConfig", "AutoModelForCausalLM": "modeling_kallm.KallmForCausalLM"}
+"""What transformers looks for in it, where it is trusted and these classes are not registered."""
 
 
 class KallmConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is not typed
@@ -64,16 +72,31 @@ class KallmForCausalLM:
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, *args: Any, config: KallmConfig | None = None, **kwargs: Any
-    ) -> PreTrainedModel:
+    ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
+        """The model, and with `output_loading_info` transformers' report on its weights, as of any model class.
+
+        Raises:
+            CheckpointError: weights that are missing, by name, where no report was asked for.
+        """
         base = (config or KallmConfig.from_pretrained(folder)).to_base()
         if config is not None and getattr(config, "_attn_implementation", None):
             kwargs.setdefault("attn_implementation", config._attn_implementation)
-        return _class_for(base).from_pretrained(folder, *args, config=base, **kwargs)
+        told = kwargs.pop("output_loading_info", False)
+        model, report = _class_for(base).from_pretrained(folder, *args, config=base, output_loading_info=True, **kwargs)
+        if told:
+            return model, report
+        if report["missing_keys"]:  # transformers would leave in them what the memory held
+            raise CheckpointError(f"{folder}: its weights lack {sorted(report['missing_keys'])[:3]}")
+        return model
 
     @classmethod
     def _from_config(cls, config: KallmConfig, **kwargs: Any) -> PreTrainedModel:
         base = config.to_base()
         return _class_for(base)._from_config(base, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Asked of what comes from a modelling file, so that saving copies that file. Saving does so anyway."""
 
 
 def specs_of(config: PreTrainedConfig) -> list[KANSpec]:
@@ -108,10 +131,26 @@ def _make_class(base: Any) -> type[PreTrainedModel]:
 
         def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
             super().save_pretrained(save_directory, **kwargs)
-            written = KallmConfig.of(self.config).to_json_string(use_diff=False)
-            (Path(save_directory) / "config.json").write_text(_without_defaults(written), encoding="utf-8")
+            folder, config, code = (
+                Path(save_directory),
+                KallmConfig.of(self.config),
+                modeling_file(specs_of(self.config)),
+            )
+            if code is not None:
+                config.auto_map = AUTO_MAP
+                (folder / MODELING_FILE).write_text(code, encoding="utf-8")
+            written = _without_defaults(config.to_json_string(use_diff=False))
+            (folder / "config.json").write_text(written, encoding="utf-8")
 
-    Retrofitted.__name__ = Retrofitted.__qualname__ = f"Kallm{base.__name__}"
+        @classmethod
+        def _can_set_attn_implementation(cls) -> bool:
+            return bool(base._can_set_attn_implementation())  # transformers looks for it in the source beside a class
+
+        @classmethod
+        def _can_set_experts_implementation(cls) -> bool:
+            return bool(base._can_set_experts_implementation())
+
+    Retrofitted.__name__ = Retrofitted.__qualname__ = "KallmForCausalLM"  # pipelines take only names that they know
     return Retrofitted
 
 
@@ -135,6 +174,7 @@ def _without_defaults(text: str) -> str:
     keep = (
         "model_type",
         "architectures",
+        "auto_map",
         "dtype",
         "base_config",
         "retrofits",

@@ -213,12 +213,17 @@ def weights_fingerprint(folder: Path) -> str:
 
 
 def _meaning(path: Path) -> str:
-    """A configuration file's content, without what says by which version or from where it was written."""
+    """A configuration file's content, without what says by which version or from where it was written.
+
+    A checkpoint of ours says too by which code it may be loaded elsewhere; here that never runs.
+    """
 
     def kept(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        told = ("transformers_version", "_name_or_path", "_model_name_or_path")
+        told = ["transformers_version", "_name_or_path", "_model_name_or_path"]
+        if value.get("model_type") == KallmConfig.model_type:
+            told.append("auto_map")
         return {key: kept(each) for key, each in value.items() if key not in told}
 
     try:

@@ -25,7 +25,8 @@ from kallm_bench.kan.bases.base import read_arguments
 from kallm_bench.kan.bases.bspline import BSpline
 from kallm_bench.kan.bases.rbf import GaussianRBF
 from kallm_bench.kan.layers import GroupFunction
-from kallm_bench.kan.ops import expand, group_function, kan_linear, runs_on
+from kallm_bench.kan.ops import group_function, kan_linear, runs_on
+from kallm_bench.kan.reference import expand
 
 INPUT_SETS = 4
 """Inputs that calls take in turn, so that none is found in the cache where the call before has left it."""

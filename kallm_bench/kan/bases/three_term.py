@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,8 +37,7 @@ class ThreeTerm(Basis):
 
     def __init__(self, degree: int = 2) -> None:
         super().__init__()
-        with np.errstate(all="ignore"):  # what overflows is what is looked for
-            limit = self._safe_degree()
+        limit = self._safe_degree()
         whole(self.name, "degree", degree, 1, HIGHEST_DEGREE)
         if degree > limit:
             raise SpecError(
@@ -61,7 +59,7 @@ class ThreeTerm(Basis):
 
     def _safe_degree(self) -> int:
         """The last degree whose values and slopes stay below SAFE_VALUE on the domain."""
-        x = np.linspace(*DOMAINS[self.squash], 257)
+        x = torch.linspace(*DOMAINS[self.squash], 257, dtype=torch.float64, device="cpu")
         before, value, slope_before, slope = 0 * x, 0 * x + self.first, 0 * x, 0 * x
         for n in range(HIGHEST_DEGREE):
             try:
@@ -71,6 +69,6 @@ class ThreeTerm(Basis):
             next_value = (a * x + b) * value - c * before
             slope, slope_before = a * value + (a * x + b) * slope - c * slope_before, slope
             before, value = value, next_value
-            if not max(np.abs(value).max(), np.abs(slope).max()) <= SAFE_VALUE:  # not a number is not safe either
+            if not float(torch.maximum(value.abs(), slope.abs()).max()) <= SAFE_VALUE:  # nor is nan safe
                 return n
         return HIGHEST_DEGREE

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kallm_bench.kan.bases.base import Basis, whole
 
 NORMALISING: float = 2 / (math.sqrt(3) * math.pi**0.25)
-REACH = 12.0
+CUT_OFF = 12.0
 """Arguments beyond it are cut off there: every wavelet is below 1e-28, and its square still fits float16."""
 
 
@@ -62,7 +62,7 @@ class Wavelet(Basis):
 
     def forward(self, x: Tensor) -> Tensor:
         z = x.unsqueeze(-2) * self.scale.to(x.dtype) - self.shift.to(x.dtype)
-        return self.mother(z.clamp(-REACH, REACH))
+        return self.mother(z.clamp(-CUT_OFF, CUT_OFF))
 
     def mother(self, z: Tensor) -> Tensor:
         """ψ(z)."""
