@@ -24,15 +24,19 @@ from kallm_bench.models import (
     Calibration,
     CalibrationSettings,
     KANSpec,
+    Original,
     complete_spec,
     load_config,
     load_model,
     load_tokenizer,
+    open_original,
     parameters_of,
     replaced_modules,
     retrofit_reporting,
     save_checkpoint,
     specs_of,
+    stored_dtype,
+    weights_folder,
 )
 from kallm_bench.models.spec import needs_calibration
 from kallm_bench.profiling import (
@@ -73,7 +77,10 @@ def retrofit(
     replace: bool = False,
     weights_needed: bool = True,
 ) -> RunRecord:
-    """Replaces feed-forwards and saves the checkpoint.
+    """Replaces feed-forwards and saves the checkpoint, in the dtype of the original's weights.
+
+    Where the start needs no text, nothing is loaded but what the new modules begin from; and where the original's files
+    hold its tensors by name, only what is new is written.
 
     Args:
         calibration: the text that a start is calibrated on; None for the defaults, where the start needs any.
@@ -86,6 +93,8 @@ def retrofit(
     if calibration is None and needs_calibration(spec.start):
         calibration = CalibrationSettings()
     described: dict[str, Any] = {"spec": spec.to_json()}
+    if (dtype := stored_dtype(ref.open())) != torch.float32:
+        described["weights_dtype"] = str(dtype).removeprefix("torch.")
     if calibration:
         described |= {"calibration": _describe_calibration(calibration, load_tokenizer(ref.open())), **bench.place}
     stage = Stage(bench, "retrofit", described, ref)
@@ -95,11 +104,20 @@ def retrofit(
             return done
         replace = stage.may_replace(replace)
         bench.watch("retrofit", 0, 3, "loading")
-        model, tokenizer = load_model(ref.open(), torch.float32, bench.device if calibration else "cpu")
+        source, tokenizer = ref.open(), None
+        original = open_original(source, spec) if calibration is None else None
+        if original is None:
+            computes_in, place = (torch.float32, bench.device) if calibration else (dtype, "cpu")
+            model, tokenizer = load_model(source, computes_in, place)
+            original = Original(weights_folder(source), model)
+        model = original.model
         bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks, start '{spec.start}'")
         found, about = _start(bench, model, tokenizer, spec, calibration)
         bench.watch("retrofit", 2, 3, "saving")
-        save_checkpoint(stage.folder, model.cpu(), tokenizer, lineage=stage.lineage(), replace=replace)
+        if original.fits:
+            original.save_changed(stage.folder, lineage=stage.lineage(), replace=replace)
+        else:
+            save_checkpoint(stage.folder, model.to("cpu", dtype), tokenizer, lineage=stage.lineage(), replace=replace)
         bench.watch("retrofit", 3, 3)
         return stage.finish([*_size_metrics(model), *found], saved=True, model=model, data=about)
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from kallm_bench.errors import SpecError
 from kallm_bench.models.calibration import Calibration
 from kallm_bench.models.modeling import original_class, retrofitted_class, specs_of
 from kallm_bench.models.replacement import complete, count_parameters, make_replacement, winning_specs
@@ -32,9 +33,10 @@ def retrofit_reporting(
 ) -> tuple[KANSpec, StartReport]:
     """Changes `model` in place: puts what `spec` asks for into its blocks, started as `spec.start` says.
 
-    New modules take the device, dtype and training mode of the model. The spec is noted in `model.config.kallm`, which
-    is what saving reads; a later retrofit of a block wins over an earlier one. Everything is checked and built before
-    anything is replaced, so a refused retrofit leaves the model as it was.
+    New modules take the device, dtype and training mode of the model; in a skeleton, whose parameters are on the meta
+    device, they are made on the CPU, with the values that the whole model would get. The spec is noted in
+    `model.config.kallm`, which is what saving reads; a later retrofit of a block wins over an earlier one. Everything
+    is checked and built before anything is replaced, so a refused retrofit leaves the model as it was.
 
     Args:
         calibration: rows of text for the starts that need some.
@@ -51,11 +53,12 @@ def retrofit_reporting(
     spec = complete(spec.resolved(len(sites)), originals, text_config.hidden_size, specs_of(model.config))
     deviation = getattr(text_config, "initializer_range", 0.02)
 
+    place = "cpu" if model.device.type == "meta" else model.device
     replacements: dict[int, nn.Module] = {}
     for block in map(int, spec.blocks):
         with torch.device("meta"):
             module = make_replacement(originals[block], text_config.hidden_size, spec)
-        replacements[block] = module.to(torch.float32).to_empty(device=model.device)
+        replacements[block] = module.to(torch.float32).to_empty(device=place)
     report = start(model, sites, replacements, spec, deviation, calibration, watch)
 
     for block, module in replacements.items():
@@ -93,5 +96,9 @@ def _original_feedforwards(config: PreTrainedConfig, architecture: type[PreTrain
 
 
 def _architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    own = type(config).__module__.startswith("transformers_modules.")  # where transformers puts what a folder brings
+    if own or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = "brings its own code, without which a retrofit of it could not be loaded" if own else "is no decoder"
+        raise SpecError(f"a model of the type '{config.model_type}' cannot be retrofitted: it {reason}")
     architecture: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return architecture

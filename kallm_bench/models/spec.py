@@ -187,6 +187,11 @@ class KANSpec:
         """The spec that `to_json` wrote; SpecError where it is newer than this program or has fields unknown to it."""
         data = dict(data)
         version = data.pop("version", None)
+        if isinstance(version, int) and version > VERSION:
+            raise SpecError(
+                f"this retrofit was written in version {version} of the format, by a newer kallm; this program reads "
+                f"{VERSION}. Update it: pip install --upgrade kallm-bench"
+            )
         if version != VERSION:
             raise SpecError(
                 f"this retrofit was written in version {version} of the format, this program reads {VERSION}"
