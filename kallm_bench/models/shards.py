@@ -170,7 +170,7 @@ def _stored(name: str, entry: Any) -> Stored:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _HeaderError(f"what its header says of {name} is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _HeaderError(f"{name} is of the dtype {dtype!r}; this program reads {', '.join(DTYPES)}")
     if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2):
         raise _HeaderError(f"{name} has the shape {shape!r} and the bytes {offsets!r}")
