@@ -243,7 +243,7 @@ def _hub_kernels(content: Any) -> Iterator[str]:
     if not isinstance(content, dict):
         return
     for key, value in content.items():
-        if key.endswith("_implementation"):
+        if "_implementation" in key:
             yield from (
                 str(each) for each in (value.values() if isinstance(value, dict) else [value]) if "/" in str(each)
             )
@@ -408,7 +408,9 @@ def _hub_folder(name: str, trust_remote_code: bool) -> Path:
     try:
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns))
         if (folder / "config.json").is_file() and _shards_missing(folder) == []:
-            return folder
+            code_missing = b'"auto_map"' in (folder / "config.json").read_bytes() and not any(folder.glob("*.py"))
+            if not (trust_remote_code and code_missing):
+                return folder
     except LocalEntryNotFoundError:
         pass
     instead = (
