@@ -127,7 +127,7 @@ def _start(
 ) -> tuple[list[Metric], dict[str, Any]]:
     """Retrofits `model`; returns what is known of how it starts, and about the text that took."""
     if settings is None:
-        _, report = retrofit_reporting(model, spec, watch=bench.watch)
+        _, report = retrofit_reporting(model, spec, watch=bench.watch, device="cpu")
         error = report.conversion_error
         return [] if error is None else [Metric("conversion_error", error)], {}
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from kallm_bench import engine
 from kallm_bench.errors import CheckpointError, KallmError
 from kallm_bench.files import DiskError
 from kallm_bench.models import (
+    CalibrationSettings,
     KANSpec,
     complete_spec,
     find_model,
@@ -27,6 +29,7 @@ from kallm_bench.models import (
     load_model,
     open_original,
     retrofit,
+    retrofit_reporting,
     save_checkpoint,
     stored_dtype,
 )
@@ -75,7 +78,7 @@ def opened(folder, spec):
     complete = complete_spec(load_config(source), spec)
     original = open_original(source, complete)
     assert original is not None
-    retrofit(original.model, complete)
+    retrofit_reporting(original.model, complete, device="cpu")
     return original
 
 
@@ -258,11 +261,11 @@ def bench(tmp_path):
     return Bench(store, store.testbed({"cpu": "here"}), tmp_path / "runs", torch.device("cpu"), torch.float32)
 
 
-def made(bench, folder, spec):
+def made(bench, folder, spec, text=None):
     from kallm_bench.filing import find_ref
 
-    record = engine.retrofit(bench, find_ref(str(folder)), spec)
-    return record, bench.runs / os.path.basename(os.path.dirname(record.artifacts[0].path))  # noqa: PTH119, PTH120
+    record = engine.retrofit(bench, find_ref(str(folder)), spec, calibration=text)
+    return record, Path(record.artifacts[0].path).parent
 
 
 def test_a_retrofit_loads_nothing_it_does_not_need(bench, sharded, monkeypatch):
@@ -277,6 +280,31 @@ def test_a_retrofit_loads_nothing_it_does_not_need(bench, sharded, monkeypatch):
     assert values["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert record.model["fingerprint"] == find_model(str(folder)).fingerprint
     assert "weights_dtype" not in record.settings
+
+
+def test_a_start_from_text_writes_only_what_changes_too(bench, sharded, bundled_tokenizer, tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(sharded, max_shard_size="20KB")
+    bundled_tokenizer.save_pretrained(sharded)
+    said = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two, three. " * 30}]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 200)
+    text = CalibrationSettings(str(tmp_path / "chat.jsonl"), tokens=1024, row_length=64, heldout_tokens=256)
+    before = contents(sharded)
+    record, folder = made(bench, sharded, KANSpec("last:2", "cheby2", start="lstsq"), text)
+    assert len(set(names_of_inodes(sharded)) & set(names_of_inodes(folder))) > 2
+    assert contents(sharded) == before
+    losses = {metric.name: metric.value for metric in record.metrics}
+    assert losses["heldout_loss"] > 0
+    load_checkpoint(folder)
+
+
+def test_a_change_of_basis_refuses_values_that_are_not_finite(bench, sources, tmp_path):
+    folder = shutil.copytree(sources["retrofitted"], tmp_path / "source")
+    tensors = load_file(folder / SINGLE)
+    tensors["model.layers.1.mlp.layers.0.coefficients"][0, 0, 0] = float("nan")
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.layers\.0\.coefficients is damaged"):
+        made(bench, folder, KANSpec((1,), "legendre", degree=4, start="convert"))
+    assert not list(bench.runs.glob("*-legendre-*"))
 
 
 def test_the_checkpoints_own_dtype_is_kept(bench, sources):
@@ -455,15 +483,14 @@ def test_a_retrofit_that_needs_no_weights_holds_none(tiny_llama, tmp_path):
     script = f"""
 from pathlib import Path
 import torch
-from kallm_bench.models import KANSpec, complete_spec, find_model, load_config, open_original, retrofit
-from kallm_bench.models import load_model
+from kallm_bench.models import KANSpec, complete_spec, find_model, load_config, open_original, retrofit_reporting
 def held():
     return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
 source = find_model({str(tmp_path / "wide")!r})
 spec = complete_spec(load_config(source), KANSpec("last:2", "cheby2"))
 before = held()
 original = open_original(source, spec)
-retrofit(original.model, spec)
+retrofit_reporting(original.model, spec, device='cpu')
 original.save_changed({str(tmp_path / "new")!r})
 print((held() - before) * 1024)
 """

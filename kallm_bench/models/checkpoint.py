@@ -18,6 +18,7 @@ from kallm_bench.models.sites import find_sites
 from kallm_bench.models.sources import (
     COMPUTABLE,
     Source,
+    check_finite,
     find_model,
     load_model,
     load_skeleton,
@@ -82,9 +83,14 @@ class Original:
         return {id(wanted[name]) for name in stored} == {id(tensor) for tensor in wanted.values()}
 
     def fill(self, module: nn.Module) -> None:
-        """Gives one module of a skeleton the values that the files hold for it, on the CPU."""
+        """Gives one module of a skeleton the values that the files hold for it, on the CPU.
+
+        Raises:
+            CheckpointError: some are not finite.
+        """
         place = next(name for name, each in self.model.named_modules() if each is module) + "."
         values = self.weights.read([name for name in self.weights.tensors if name.startswith(place)])
+        check_finite(self.folder, values)
         values = {name.removeprefix(place): value.to(self.model.dtype) for name, value in values.items()}
         module.to_empty(device="cpu").load_state_dict(values, assign=True)
 

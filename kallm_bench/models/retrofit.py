@@ -29,17 +29,22 @@ def retrofit(model: PreTrainedModel, spec: KANSpec, calibration: Calibration | N
 
 
 def retrofit_reporting(
-    model: PreTrainedModel, spec: KANSpec, calibration: Calibration | None = None, watch: Watch = nobody
+    model: PreTrainedModel,
+    spec: KANSpec,
+    calibration: Calibration | None = None,
+    watch: Watch = nobody,
+    device: torch.device | str | None = None,
 ) -> tuple[KANSpec, StartReport]:
     """Changes `model` in place: puts what `spec` asks for into its blocks, started as `spec.start` says.
 
-    New modules take the device, dtype and training mode of the model; in a skeleton, whose parameters are on the meta
-    device, they are made on the CPU, with the values that the whole model would get. The spec is noted in
-    `model.config.kallm`, which is what saving reads; a later retrofit of a block wins over an earlier one. Everything
-    is checked and built before anything is replaced, so a refused retrofit leaves the model as it was.
+    New modules take the device, dtype and training mode of the model. The spec is noted in `model.config.kallm`, which
+    is what saving reads; a later retrofit of a block wins over an earlier one. Everything is checked and built before
+    anything is replaced, so a refused retrofit leaves the model as it was.
 
     Args:
         calibration: rows of text for the starts that need some.
+        device: of the new modules, where that is not the model's: a skeleton on the meta device gets modules with the
+            values that the whole model would get, if they are made on the CPU.
 
     Returns:
         The spec with nothing left to defaults, and how well the replacements stand in.
@@ -53,12 +58,11 @@ def retrofit_reporting(
     spec = complete(spec.resolved(len(sites)), originals, text_config.hidden_size, specs_of(model.config))
     deviation = getattr(text_config, "initializer_range", 0.02)
 
-    place = "cpu" if model.device.type == "meta" else model.device
     replacements: dict[int, nn.Module] = {}
     for block in map(int, spec.blocks):
         with torch.device("meta"):
             module = make_replacement(originals[block], text_config.hidden_size, spec)
-        replacements[block] = module.to(torch.float32).to_empty(device=place)
+        replacements[block] = module.to(torch.float32).to_empty(device=device or model.device)
     report = start(model, sites, replacements, spec, deviation, calibration, watch)
 
     for block, module in replacements.items():

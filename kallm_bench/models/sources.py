@@ -14,7 +14,7 @@ import importlib.util
 import io
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, though not listed
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -160,7 +161,7 @@ def load_model(
         tokenizer = _tokenizer(folder, source.trust_remote_code)
     _check_report(folder, report)
     model = model.to(device).eval()
-    _check_finite(folder, model)
+    check_finite(folder, dict(model.named_parameters()))
     return model, tokenizer
 
 
@@ -265,18 +266,20 @@ def _check_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _check_finite(folder: Path, model: PreTrainedModel) -> None:
-    """Refuses weights that are no numbers, by name. The smallest and largest of each tell: nan spreads to both."""
-    weights = {name: each for name, each in model.named_parameters() if each.dtype in COMPUTABLE and each.numel()}
+def check_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses weights from `folder` that are no numbers, by name. CheckpointError.
+
+    The smallest and largest of each tell, as nan spreads to both: a fifth of a second for the bundled model.
+    """
+    weights = {name: each for name, each in tensors.items() if each.dtype in COMPUTABLE and each.numel()}
     extremes = [torch.stack(torch.aminmax(each)).double() for each in weights.values()]
     if not extremes or torch.stack(extremes).isfinite().all():
         return
-    for name, extreme in zip(weights, extremes, strict=True):
-        if not extreme.isfinite().all():
-            count = int((~weights[name].isfinite()).sum())
-            raise CheckpointError(
-                f"{folder}: {name} is damaged: {count:,} of its {weights[name].numel():,} values are not finite"
-            )
+    name = next(name for name, each in zip(weights, extremes, strict=True) if not each.isfinite().all())
+    count = int((~weights[name].isfinite()).sum())
+    raise CheckpointError(
+        f"{folder}: {name} is damaged: {count:,} of its {weights[name].numel():,} values are not finite"
+    )
 
 
 def weights_fingerprint(folder: Path, trust_remote_code: bool = False) -> str:
