@@ -34,9 +34,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, else float32.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences at once; chosen by device if left out.")]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that CKPT brings; look at it first.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
-MODEL_OPTIONS = ("checkpoint", "batch", "length", "scope")
+MODEL_OPTIONS = ("checkpoint", "batch", "length", "scope", "trust_remote_code")
 KERNEL_OPTIONS = ("suite", "shape", "basis", "tokens", "tune")
 """What `kallm profile` takes only without --kernels, and only with it."""
 
@@ -92,6 +93,7 @@ def retrofit(
     device: Device = "auto",
     results: Results = Path("results"),
     as_json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Replace the feed-forward parts of some blocks by KAN layers, and save the checkpoint.
 
@@ -101,7 +103,6 @@ def retrofit(
     from kallm_bench import engine
     from kallm_bench.filing import find_ref
     from kallm_bench.models import CalibrationSettings, KANSpec
-    from kallm_bench.models.spec import needs_calibration
 
     size = int(params) if params and params.isdecimal() else params
     spec = KANSpec(
@@ -109,11 +110,13 @@ def retrofit(
         linear=linear, groups=groups, up=up, start=start, start_steps=start_steps, params=size,
     )  # fmt: skip
     text = None
-    if needs_calibration(start):
+    if spec.needs_calibration:
         text = CalibrationSettings(calibration, tokens=calibration_tokens, row_length=calibration_row)
     with console.Display() as display:
         bench = _bench(results, display, device, "float32", None, seed)
-        record = engine.retrofit(bench, find_ref(checkpoint), spec, out, calibration=text, replace=force)
+        record = engine.retrofit(
+            bench, find_ref(checkpoint, trust_remote_code), spec, out, calibration=text, replace=force
+        )
     console.show_records([record], as_json, bench.store.written)
 
 
@@ -137,6 +140,7 @@ def train(
     batch_size: BatchSize = None,
     results: Results = Path("results"),
     as_json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train what was replaced, or more, on conversations; stopped with Ctrl-C, the same command goes on.
 
@@ -158,7 +162,7 @@ def train(
     )
     with console.Display() as display:
         bench = _bench(results, display, device, dtype, batch_size, seed)
-        record = engine.train_model(bench, find_ref(checkpoint), settings, out, replace=force)
+        record = engine.train_model(bench, find_ref(checkpoint, trust_remote_code), settings, out, replace=force)
     console.show_records([record], as_json, bench.store.written)
 
 
@@ -178,6 +182,7 @@ def eval_bbh(
     batch_size: BatchSize = None,
     results: Results = Path("results"),
     as_json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Ask a model BIG-Bench Hard, or fresh questions like it, and score the answers beside guessing.
 
@@ -191,7 +196,7 @@ def eval_bbh(
     settings = EvalSettings(protocol, source, chosen, limit, max_new_tokens)
     with console.Display() as display:
         bench = _bench(results, display, device, dtype, batch_size)
-        record = engine.eval_bbh(bench, find_ref(checkpoint), settings)
+        record = engine.eval_bbh(bench, find_ref(checkpoint, trust_remote_code), settings)
     console.show_records([record], as_json, bench.store.written)
 
 
@@ -227,6 +232,7 @@ def profile(
     dtype: Dtype = "auto",
     results: Results = Path("results"),
     as_json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Measure a model's parameters, throughput and peak memory on this machine, or the time of KAN layers alone.
 
@@ -249,7 +255,7 @@ def profile(
 
     with console.Display() as display:
         bench = _bench(results, display, device, dtype, None)
-        ref = find_ref(checkpoint)
+        ref = find_ref(checkpoint, trust_remote_code)
         scope = scope or ("tail" if specs_of(load_config(ref.open())) else "all")
         settings = ProfileSettings(batch, length, repeats=repeats or 5, scope=scope)
         record = engine.profile(bench, ref, settings, again=True)
@@ -331,7 +337,7 @@ def _refuse_mixed(context: typer.Context, unfit: Sequence[str]) -> None:
     for name in unfit:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            shown = "CKPT" if name == "checkpoint" else f"--{name}"
+            shown = "CKPT" if name == "checkpoint" else f"--{name.replace('_', '-')}"
             raise typer.BadParameter(f"{shown} goes {'with' if name in KERNEL_OPTIONS else 'without'} --kernels")
 
 
@@ -438,6 +444,7 @@ def inspect(
         Path | None, typer.Option(help="Folder for curves.csv and the drawing; below runs/ if left out.")
     ] = None,
     as_json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Look at what a KAN learned: energy by basis function, curved and linear edges, the functions themselves.
 
@@ -456,7 +463,7 @@ def inspect(
 
     if fmt not in FORMATS:
         raise SpecError(unknown("format", fmt, FORMATS))
-    ref = find_ref(checkpoint)
+    ref = find_ref(checkpoint, trust_remote_code)
     facts, curves = inspect_model(load_model(ref.open())[0], top)
     folder = out or Path("runs") / f"{ref.label}-inspect"
     text = io.StringIO()
@@ -518,17 +525,19 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Let a model reply, as it goes.
 
     kallm generate bundled "What is a spline?"
     """
     from kallm_bench.generate import reply
+    from kallm_bench.models import find_model
     from kallm_bench.profiling import find_device, find_dtype
 
     where = find_device(device)
     reply(
-        checkpoint,
+        find_model(checkpoint, trust_remote_code),
         prompt,
         console.stream,
         max_new_tokens=max_new_tokens,

@@ -24,17 +24,20 @@ from kallm_bench.models import (
     Calibration,
     CalibrationSettings,
     KANSpec,
+    Original,
     complete_spec,
     load_config,
     load_model,
     load_tokenizer,
+    open_original,
     parameters_of,
     replaced_modules,
     retrofit_reporting,
     save_checkpoint,
     specs_of,
+    stored_dtype,
+    weights_folder,
 )
-from kallm_bench.models.spec import needs_calibration
 from kallm_bench.profiling import (
     KernelProblem,
     ProfileSettings,
@@ -73,7 +76,10 @@ def retrofit(
     replace: bool = False,
     weights_needed: bool = True,
 ) -> RunRecord:
-    """Replaces feed-forwards and saves the checkpoint.
+    """Replaces feed-forwards and saves the checkpoint, in the dtype of the original's weights.
+
+    Where the start needs no text, nothing is loaded but what the new modules begin from; and where the original's files
+    hold its tensors by name, only what is new is written.
 
     Args:
         calibration: the text that a start is calibrated on; None for the defaults, where the start needs any.
@@ -83,9 +89,11 @@ def retrofit(
     """
     bench.watch("loading the model", 0, 1)
     spec = complete_spec(load_config(ref.open()), spec)
-    if calibration is None and needs_calibration(spec.start):
+    if calibration is None and spec.needs_calibration:
         calibration = CalibrationSettings()
     described: dict[str, Any] = {"spec": spec.to_json()}
+    if (dtype := stored_dtype(ref.open())) != torch.float32:
+        described["weights_dtype"] = str(dtype).removeprefix("torch.")
     if calibration:
         described |= {"calibration": _describe_calibration(calibration, load_tokenizer(ref.open())), **bench.place}
     stage = Stage(bench, "retrofit", described, ref)
@@ -95,11 +103,20 @@ def retrofit(
             return done
         replace = stage.may_replace(replace)
         bench.watch("retrofit", 0, 3, "loading")
-        model, tokenizer = load_model(ref.open(), torch.float32, bench.device if calibration else "cpu")
+        source, tokenizer = ref.open(), None
+        original = open_original(source, spec) if calibration is None else None
+        if original is None:
+            computes_in, place = (torch.float32, bench.device) if calibration else (dtype, "cpu")
+            model, tokenizer = load_model(source, computes_in, place)
+            original = Original(weights_folder(source), model)
+        model = original.model
         bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks, start '{spec.start}'")
         found, about = _start(bench, model, tokenizer, spec, calibration)
         bench.watch("retrofit", 2, 3, "saving")
-        save_checkpoint(stage.folder, model.cpu(), tokenizer, lineage=stage.lineage(), replace=replace)
+        if original.fits:
+            original.save_changed(stage.folder, lineage=stage.lineage(), replace=replace)
+        else:
+            save_checkpoint(stage.folder, model.to("cpu", dtype), tokenizer, lineage=stage.lineage(), replace=replace)
         bench.watch("retrofit", 3, 3)
         return stage.finish([*_size_metrics(model), *found], saved=True, model=model, data=about)
 
@@ -109,7 +126,7 @@ def _start(
 ) -> tuple[list[Metric], dict[str, Any]]:
     """Retrofits `model`; returns what is known of how it starts, and about the text that took."""
     if settings is None:
-        _, report = retrofit_reporting(model, spec, watch=bench.watch)
+        _, report = retrofit_reporting(model, spec, watch=bench.watch, device="cpu")
         error = report.conversion_error
         return [] if error is None else [Metric("conversion_error", error)], {}
 
@@ -313,7 +330,7 @@ def _spec_of(cell: Cell, ref: ModelRef) -> KANSpec | None:
 
 
 def _calibration_of(cell: Cell) -> CalibrationSettings | None:
-    return cell.calibration if cell.spec and needs_calibration(cell.spec.start) else None
+    return cell.calibration if cell.spec and cell.spec.needs_calibration else None
 
 
 def check_cell(cell: Cell) -> None:
@@ -382,7 +399,7 @@ def plan_of(suite: Suite) -> dict[str, float]:
         shape = cell.profile.batch * cell.profile.length * (cell.profile.repeats + 1)
         work = {"retrofit": 1000, "train": 3 * cell.train.tokens + heldout, "eval-bbh": 600 * questions}
         work["profile"] = 10 * shape
-        if cell.spec and needs_calibration(cell.spec.start):
+        if cell.spec and cell.spec.needs_calibration:
             steps = cell.spec.start_steps if {"distill", "sequence"} & set(cell.spec.start.split("+")) else 0
             work["retrofit"] = 2 * cell.calibration.tokens + 1000 * steps
         plan.update({_part(cell, stage): float(work[stage]) for stage in cell.stages})

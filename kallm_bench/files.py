@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,7 +214,8 @@ def _settle(temporary: Path, path: Path, replace: bool) -> None:
     temporary.chmod(0o755)
     for each in temporary.rglob("*"):
         if each.is_file():
-            each.chmod(0o644)
+            if each.stat().st_nlink == 1:  # a linked one belongs to another folder as well
+                each.chmod(0o644)
             with each.open("rb") as file:
                 os.fsync(file.fileno())
     if not (replace and path.exists()):
@@ -224,10 +227,40 @@ def _settle(temporary: Path, path: Path, replace: bool) -> None:
     shutil.rmtree(old)
 
 
+LARGE = 2**24
+"""Bytes from which on it pays to remember a file's sha256 across processes."""
+
+SETTLED_NS = 2 * 10**9
+"""How long a file must have been left alone to be remembered: a later change is sure to give it another time."""
+
+
 def sha256(path: Path) -> str:
-    """The file's sha256 in hex; read once as long as its size and time of change stay the same."""
+    """The file's sha256 in hex; read once as long as its size and time of change stay the same.
+
+    Of a large file it is remembered in the cache folder, by inode, size and time of change, as git's index does: so it
+    holds for its hard links too, and for later processes.
+    """
     status = path.stat()
-    return _sha256(path.absolute(), status.st_size, status.st_mtime_ns)
+    if status.st_size < LARGE:
+        return _sha256(path.absolute(), status.st_size, status.st_mtime_ns)
+    key = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+    if key in _REMEMBERED:
+        return _REMEMBERED[key]
+    notes = cache_folder() / "sha256"
+    with contextlib.suppress(OSError, ValueError):
+        lines = [line.split() for line in notes.read_text(encoding="ascii").splitlines()]
+        _REMEMBERED.update({line[0]: line[1] for line in lines if len(line) == 2 and len(line[1]) == 64})
+    if key not in _REMEMBERED:
+        _REMEMBERED[key] = _sha256(path.absolute(), status.st_size, status.st_mtime_ns)
+        if time.time_ns() - status.st_mtime_ns > SETTLED_NS:
+            with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+                notes.parent.mkdir(parents=True, exist_ok=True)
+                with notes.open("a", encoding="ascii") as file:
+                    file.write(f"{key} {_REMEMBERED[key]}\n")
+    return _REMEMBERED[key]
+
+
+_REMEMBERED: dict[str, str] = {}
 
 
 @functools.cache

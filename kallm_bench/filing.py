@@ -76,12 +76,14 @@ class ModelRef:
         fingerprint: of its weights.
         lineage: {"id", "key", "stage"} of the records that led to it, oldest first.
         remake: makes the weights again where they are gone.
+        trust_remote_code: whether code that comes with the model may run.
     """
 
     name: str
     fingerprint: str
     lineage: tuple[dict[str, str], ...] = ()
     remake: Callable[[], RunRecord] | None = None
+    trust_remote_code: bool = False
 
     @property
     def label(self) -> str:
@@ -98,25 +100,33 @@ class ModelRef:
         if source is None and self.remake is not None:
             made = self.remake()
             source = find_model(str(_folder_of(made)))
-        source = source or find_model(self.name)
+        source = source or find_model(self.name, self.trust_remote_code)
         if source.fingerprint != self.fingerprint:
+            if self.remake:
+                raise CheckpointError(
+                    f"{self.name} was made again and its files differ from those that were recorded; "
+                    "the same command goes on from the new ones"
+                )
             raise CheckpointError(f"{self.name} has changed since it was recorded; its weights are not the same")
         return source
 
     def _intact(self) -> Source | None:
+        if self.remake is not None and not Path(self.name).is_dir():
+            return None
         try:
-            source = find_model(self.name) if self.remake is None or Path(self.name).is_dir() else None
+            source = find_model(self.name, self.trust_remote_code)
         except CheckpointError:
             if self.remake is None:
                 raise
             return None
-        return source if source and source.fingerprint == self.fingerprint else None
+        return source if source.fingerprint == self.fingerprint else None
 
 
-def find_ref(name: str) -> ModelRef:
-    """A model a user named. Raises as find_model does."""
-    source = find_model(name)
-    return ModelRef(name, source.fingerprint, tuple(read_lineage(source.folder)))
+def find_ref(name: str, trust_remote_code: bool = False) -> ModelRef:
+    """A model a user named, and whether its own code may run. Raises as find_model does."""
+    source = find_model(name, trust_remote_code)
+    lineage = tuple(read_lineage(source.folder))
+    return ModelRef(name, source.fingerprint, lineage, trust_remote_code=trust_remote_code)
 
 
 def ref_after(record: RunRecord, before: ModelRef, remake: Callable[[], RunRecord] | None = None) -> ModelRef:

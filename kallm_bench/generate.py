@@ -9,7 +9,7 @@ import torch
 from transformers import TextStreamer
 
 from kallm_bench.errors import ModelError
-from kallm_bench.models import load_model
+from kallm_bench.models import Source, load_model
 
 
 class _Teller(TextStreamer):  # type: ignore[misc]  # transformers is not typed
@@ -24,7 +24,7 @@ class _Teller(TextStreamer):  # type: ignore[misc]  # transformers is not typed
 
 
 def reply(
-    checkpoint: str,
+    source: Source,
     prompt: str,
     tell: Callable[[str], None],
     *,
@@ -39,9 +39,9 @@ def reply(
     Raises:
         ModelError: the model has no tokenizer; and as load_model does.
     """
-    model, tokenizer = load_model(checkpoint, dtype, device)
+    model, tokenizer = load_model(source, dtype, device)
     if tokenizer is None:
-        raise ModelError(f"{checkpoint} has no tokenizer beside it; save one into its folder")
+        raise ModelError(f"{source.name} has no tokenizer beside it; save one into its folder")
     text = prompt
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]

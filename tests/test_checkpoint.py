@@ -437,6 +437,16 @@ CONFIG_DAMAGE = {  # name: what is done to the folder, what the message must nam
     "a base model unknown": (edit_config(lambda config: config["base_config"].update(model_type="llamma")), "'llamma'"),
     "no base model": (edit_config(lambda config: config.pop("base_config")), "base model"),
 }
+
+
+def one_value(name, value):
+    def put(tensors):
+        tensors[name].view(-1)[-1] = value
+
+    return edit_weights(put)
+
+
+COEFFICIENTS = "model.layers.0.mlp.layers.0.coefficients"
 DAMAGE = {
     **CONFIG_DAMAGE,
     "weights truncated": (lambda folder: truncate(folder / "model.safetensors"), "model.safetensors"),
@@ -445,16 +455,22 @@ DAMAGE = {
     "no heads": (edit_config(lambda config: config["base_config"].update(num_attention_heads=0)), "cannot load"),
     "weights that are a folder": (lambda folder: as_folder(folder / "model.safetensors"), "model.safetensors"),
     "weights gone": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
-    "a tensor missing": (
-        edit_weights(lambda tensors: tensors.pop("model.layers.0.mlp.layers.0.coefficients")),
-        "model.layers.0.mlp.layers.0.coefficients",
-    ),
-    "a tensor too many": (edit_weights(lambda tensors: tensors.update(stray=torch.zeros(3))), "stray"),
+    "a tensor missing": (edit_weights(lambda tensors: tensors.pop(COEFFICIENTS)), f"lacks: {COEFFICIENTS}"),
+    "a tensor too many": (edit_weights(lambda tensors: tensors.update(stray=torch.zeros(3))), "not know: stray"),
     "a tensor of another shape": (
         edit_weights(lambda tensors: tensors.update({"model.norm.weight": torch.zeros(5)})),
-        "model.norm.weight",
+        "model.norm.weight is (5,), its config.json wants (32,)",
     ),
-    "a newer retrofit": (edit_retrofit(version=2), "version 2"),
+    "another degree": (
+        edit_retrofit(degree=3),
+        f"{COEFFICIENTS} is (16, 2, 32), its config.json wants (16, 3, 32)",
+    ),
+    "a value that is none": (one_value(COEFFICIENTS, float("nan")), f"{COEFFICIENTS} is damaged: 1 of its"),
+    "an endless value": (one_value("model.embed_tokens.weight", float("-inf")), "model.embed_tokens.weight is damaged"),
+    "a newer retrofit": (edit_retrofit(version=2), "version 2 of the format, by a newer kallm"),
+    "a newer retrofit, and what to do": (edit_retrofit(version=2), "pip install --upgrade kallm-bench"),
+    "a retrofit of no version": (edit_config(lambda config: config["retrofits"][0].pop("version")), "version None"),
+    "an adapter beside it": (replace_file("adapter_config.json", b"{}"), "adapter"),
     "a retrofit without its basis": (edit_config(lambda config: config["retrofits"][0].pop("basis")), "'basis'"),
     "a retrofit with a field too many": (edit_retrofit(colour="red"), "'colour'"),
     "a retrofit of an unknown basis": (edit_retrofit(basis="cheby9"), "'cheby9'"),
@@ -473,6 +489,23 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(folder, damage, named):
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_values_that_are_not_finite_are_refused_in_every_dtype(make, dtype, value, tmp_path):
+    model = make("kan", dtype=dtype)
+    model.model.layers[1].self_attn.q_proj.weight.data[3, 4] = value
+    save_checkpoint(tmp_path / "checkpoint", model)
+    with pytest.raises(KallmError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight is damaged"):
+        load_checkpoint(tmp_path / "checkpoint", dtype)
+
+
+def test_a_value_near_the_end_of_its_dtype_is_finite(make, tmp_path):
+    model = make("kan", dtype=torch.float64)
+    model.model.norm.weight.data[0] = 1e300
+    save_checkpoint(tmp_path / "checkpoint", model)
+    assert load_checkpoint(tmp_path / "checkpoint", torch.float64)[0].model.norm.weight[0] == 1e300
 
 
 @pytest.mark.parametrize(("damage", "named"), CONFIG_DAMAGE.values(), ids=CONFIG_DAMAGE)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
+from transformers import dynamic_module_utils
 
 from kallm_bench import cli
 from kallm_bench.models import load_model, save_checkpoint
@@ -85,6 +86,8 @@ def home(base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KALLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache" / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delenv("KALLM_BBH_DIR", raising=False)
     return tmp_path
 
@@ -481,6 +484,19 @@ def test_a_retrained_model_never_meets_old_answers(home: Path, kallm: Run) -> No
     assert asked[0].model["fingerprint"] != asked[1].model["fingerprint"]
 
 
+def bring_code(base: Path, folder: Path) -> None:
+    """Makes a copy of a model that loads with code of its own alone."""
+    shutil.copytree(base, folder)
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig): model_type = 'strange'\n"
+        "class Model(LlamaForCausalLM): config_class = Config\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -516,6 +532,14 @@ def test_a_retrained_model_never_meets_old_answers(home: Path, kallm: Run) -> No
         ("testbed Not/A/Name", "cannot name a testbed"),
         ("fetch moddel", "Did you mean 'model'"),
         ("generate ./nowhere hello", "no folder"),
+        ("retrofit strange --blocks 3", "only with --trust-remote-code"),
+        ("train strange --data chat.jsonl --scope all", "only with --trust-remote-code"),
+        ("eval-bbh strange --source procedural", "only with --trust-remote-code"),
+        ("profile strange", "only with --trust-remote-code"),
+        ("inspect strange", "only with --trust-remote-code"),
+        ("generate strange hello", "only with --trust-remote-code"),
+        ("retrofit strange --blocks 3 --trust-remote-code", "cannot be retrofitted: it brings its own code"),
+        ("inspect strange --trust-remote-code", "no KAN"),
     ],
 )
 def test_bad_input_gets_one_clear_line(home: Path, kallm: Run, words: str, says: str) -> None:
@@ -524,6 +548,7 @@ def test_bad_input_gets_one_clear_line(home: Path, kallm: Run, words: str, says:
     with (home / "cut" / "model.safetensors").open("r+b") as file:
         file.truncate(5000)
     (home / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    bring_code(home / "base", home / "strange")
     (home / "bad.jsonl").write_text(CHAT.splitlines()[0] + "\n{oops\n")
     (home / "none.jsonl").write_text("")
     before = sorted(path for path in home.rglob("*") if "results" not in path.parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kallm_bench import files
 from kallm_bench.files import DiskError, check_writable, explained, new_folder, only_one, write_file
 
 
@@ -113,3 +115,74 @@ def test_what_is_no_regular_file_is_written_to_and_not_replaced(tmp_path: Path) 
     assert pipe.is_fifo()
     with pytest.raises(DiskError, match="it is a folder"):
         write_file(tmp_path, b"x")
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """How often files were read to be hashed; with every file large enough to be remembered, and an empty cache."""
+    reads = []
+
+    def count(path: Path, size: int, changed_ns: int) -> str:
+        reads.append(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    monkeypatch.setenv("KALLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "LARGE", 1)
+    monkeypatch.setattr(files, "_REMEMBERED", {})
+    monkeypatch.setattr(files, "_sha256", count)
+    return reads
+
+
+def old_file(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_the_sha256_of_a_large_file_is_remembered_across_processes(
+    hashed: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = old_file(tmp_path / "weights", b"abc")
+    os.link(tmp_path / "weights", tmp_path / "link")
+    assert files.sha256(tmp_path / "weights") == expected
+    monkeypatch.setattr(files, "_REMEMBERED", {})  # as in a new process
+    assert files.sha256(tmp_path / "weights") == files.sha256(tmp_path / "link") == expected
+    assert len(hashed) == 1
+
+
+def test_a_file_that_has_changed_is_hashed_anew(
+    hashed: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old_file(tmp_path / "weights", b"abc")
+    files.sha256(tmp_path / "weights")
+    for content in (b"abd", b"abcd"):
+        (tmp_path / "weights").write_bytes(content)
+        monkeypatch.setattr(files, "_REMEMBERED", {})
+        assert files.sha256(tmp_path / "weights") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_file_just_written_is_not_remembered(hashed: list[Path], tmp_path: Path) -> None:
+    """Another change could come within the same tick of the disk's clock."""
+    (tmp_path / "weights").write_bytes(b"abc")
+    files.sha256(tmp_path / "weights")
+    assert not (tmp_path / "cache" / "sha256").exists()
+
+
+@pytest.mark.parametrize("note", [b"\xff\xfe", b"one two three\n", b"{key} abc\n", b"{key}"])
+def test_damaged_notes_of_sha256_cost_time_alone(hashed: list[Path], note: bytes, tmp_path: Path) -> None:
+    expected = old_file(tmp_path / "weights", b"abc")
+    status = (tmp_path / "weights").stat()
+    key = f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "sha256").write_bytes(note.replace(b"{key}", key.encode()))
+    assert files.sha256(tmp_path / "weights") == expected
+
+
+def test_a_linked_file_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"abc")
+    (tmp_path / "source").chmod(0o600)
+    with new_folder(tmp_path / "folder") as temporary:
+        os.link(tmp_path / "source", temporary / "link")
+        (temporary / "own").write_bytes(b"abc")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "folder").iterdir()}
+    assert modes == {"link": 0o600, "own": 0o644}

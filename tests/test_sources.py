@@ -1,18 +1,20 @@
 """Where models come from: the bundled one is the published one, a bad GGUF file or name is refused in one line."""
 
 import builtins
+import contextlib
 import copy
 import dataclasses
 import json
+import sys
 
 import huggingface_hub
 import pytest
 import torch
 from gguf import GGUFWriter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, dynamic_module_utils
 
-from kallm_bench.errors import CheckpointError, ModelError
-from kallm_bench.models import KANSpec, find_model, load_config, load_model, retrofit, sources
+from kallm_bench.errors import CheckpointError, ModelError, SpecError
+from kallm_bench.models import KANSpec, complete_spec, find_model, load_config, load_model, retrofit, sources
 
 TOKENS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79]])
 
@@ -267,15 +269,106 @@ def test_the_fingerprint_does_not_depend_on_the_place(hub_model):
     assert dataclasses.replace(found, name=folder.name) == folder
 
 
-def test_code_in_a_model_folder_is_not_run(hub_model, monkeypatch):
-    """Nor is the user asked whether to, in the middle of a benchmark."""
+# Code
 
-    questions = []
-    monkeypatch.setattr(builtins, "input", lambda question="": questions.append(question) or "n")
-    _, folder = hub_model
+
+@pytest.fixture
+def no_questions(monkeypatch):
+    """Fails where the user is asked something, in the middle of a benchmark."""
+
+    def ask(question=""):
+        raise AssertionError(f"asked: {question}")
+
+    monkeypatch.setattr(builtins, "input", ask)
+
+
+STRANGE = """
+from pathlib import Path
+Path({marker!r}).write_text("ran")
+from transformers import LlamaConfig, LlamaForCausalLM
+class Config(LlamaConfig):
+    model_type = {kind!r}
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+@pytest.fixture
+def with_code(tiny_llama, tmp_path, monkeypatch, no_questions):
+    """Makes a folder that brings code, for a model type, and names the file that tells when the code has run."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def make(kind):
+        folder, marker = tmp_path / "model", tmp_path / "ran"
+        tiny_llama(vocab_size=97).save_pretrained(folder)
+        name = f"code_{kind}"
+        (folder / f"{name}.py").write_text(STRANGE.format(marker=str(marker), kind=kind))
+        (folder / "custom_generate").mkdir()
+        (folder / "custom_generate" / "generate.py").write_text(f"open({str(marker)!r}, 'w')\ndef generate(model): ...")
+        config = json.loads((folder / "config.json").read_text())
+        places = {"AutoConfig": f"{name}.Config", "AutoModelForCausalLM": f"{name}.Model"}
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": places}))
+        return folder, marker
+
+    return make
+
+
+@pytest.mark.parametrize("read", [load_model, lambda folder: load_config(find_model(folder))], ids=["model", "config"])
+def test_code_in_a_model_folder_is_not_run(with_code, read):
+    folder, marker = with_code("strange")
+    with pytest.raises(CheckpointError, match="--trust-remote-code") as refused:
+        read(str(folder))
+    assert str(folder) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not marker.exists()
+
+
+def test_code_beside_a_model_that_needs_none_is_let_lie(with_code):
+    folder, marker = with_code("llama")
+    model, _ = load_model(str(folder))
+    assert type(model) is LlamaForCausalLM
+    assert not marker.exists()
+
+
+def test_a_tokenizers_code_is_not_run(with_code, bundled_tokenizer):
+    folder, marker = with_code("llama")
+    bundled_tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": [None, "code_llama.Strange"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with contextlib.suppress(CheckpointError):
+        load_model(str(folder))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("where", ["attn_implementation", "experts_implementation", "text_config"])
+def test_code_on_the_hub_is_not_run(with_code, where):
+    folder, _ = with_code("llama")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    asked = "someone/kernels"
+    config[where] = {"attn_implementation": asked} if where == "text_config" else asked
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "code.py").write_text("")
-    assert str(folder) in refusal(str(folder), CheckpointError)
-    assert questions == []
+    assert "'someone/kernels', which runs only with --trust-remote-code" in refusal(str(folder), CheckpointError)
+
+
+def test_trusted_code_is_run(with_code):
+    folder, marker = with_code("trusted")
+    (folder / "custom_generate" / "generate.py").unlink()
+    expected = LlamaForCausalLM.from_pretrained(folder)
+    source = find_model(str(folder), trust_remote_code=True)
+    model, _ = load_model(source)
+    assert marker.exists()
+    assert type(model).__name__ == "Model"
+    assert torch.equal(logits(model), logits(expected))
+    assert load_config(source).model_type == "trusted"
+    with pytest.raises(SpecError, match="'trusted' cannot be retrofitted: it brings its own code"):
+        complete_spec(load_config(source), KANSpec("all", "cheby2"))
+
+
+def test_trusted_code_is_part_of_the_fingerprint(with_code):
+    folder, _ = with_code("strange")
+    untrusted, trusted = find_model(str(folder)), find_model(str(folder), trust_remote_code=True)
+    (folder / "code_strange.py").write_text("# another")
+    assert find_model(str(folder)) == untrusted
+    assert find_model(str(folder), trust_remote_code=True).fingerprint != trusted.fingerprint

@@ -94,3 +94,12 @@ def test_only_the_console_prints() -> None:
         assert not prints, path
         if path.name != "console.py":
             assert "sys.stdout" not in path.read_text(), path
+
+
+def test_nothing_is_ever_unpickled() -> None:
+    for path in FILES:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        loads = [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"]
+        imported = {name.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names}
+        assert not loads, path
+        assert not imported & {"pickle", "dill", "joblib", "cloudpickle"}, path

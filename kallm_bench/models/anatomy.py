@@ -58,7 +58,7 @@ class Anatomy:
     @classmethod
     def of(cls, config: PreTrainedConfig, architecture: type[PreTrainedModel] | None = None) -> Anatomy:
         """Of a configuration's architecture, as shapes without values."""
-        architecture = architecture or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        architecture = architecture or _architecture(config)
         with torch.device("meta"):
             return cls(architecture._from_config(copy.deepcopy(config)))
 
@@ -181,6 +181,15 @@ class Anatomy:
         takes = any(inputs_of(layer) == self.width for layer in layers)
         gives = any(outputs_of(layer) == self.width for layer in layers)
         return (takes and gives) or has_experts(module)
+
+
+def _architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    own = type(config).__module__.startswith("transformers_modules.")  # where transformers puts what a folder brings
+    if own or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = "brings its own code, without which a retrofit of it could not be loaded" if own else "is no decoder"
+        raise SpecError(f"a model of the type '{config.model_type}' cannot be retrofitted: it {reason}")
+    architecture: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return architecture
 
 
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:

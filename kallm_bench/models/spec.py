@@ -210,6 +210,12 @@ class KANSpec:
         return "attention" if self.target == "attention" else "feedforward"
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether some phase of its start looks at what the replaced modules do."""
+        by_themselves = {"auto", "random", "convert"} | (set() if self.target == "feedforward" else {"inherit"})
+        return bool(set(self.start.split("+")) - by_themselves)
+
+    @property
     def family(self) -> str:
         """The basis without its arguments."""
         return self.basis.partition(":")[0]
@@ -231,6 +237,11 @@ class KANSpec:
         """The spec that `to_json` wrote; SpecError where it is newer than this program or has fields unknown to it."""
         data = dict(data)
         version = data.pop("version", None)
+        if isinstance(version, int) and version > VERSION:
+            raise SpecError(
+                f"this retrofit was written in version {version} of the format, by a newer kallm; this program reads "
+                f"{VERSION}. Update it: pip install --upgrade kallm-bench"
+            )
         if version != VERSION:
             raise SpecError(
                 f"this retrofit was written in version {version} of the format, this program reads {VERSION}"
@@ -241,12 +252,6 @@ class KANSpec:
         blocks = data.pop("blocks")
         data = LATER | data
         return cls(blocks=blocks if isinstance(blocks, str) else tuple(blocks), **data)
-
-
-def needs_calibration(start: str, target: str = "feedforward") -> bool:
-    """Whether some phase of a start looks at what the replaced modules do."""
-    by_themselves = {"auto", "random", "convert"} | (set() if target == "feedforward" else {"inherit"})
-    return bool(set(start.split("+")) - by_themselves)
 
 
 def read_blocks(text: str, block_count: int) -> tuple[int, ...]:

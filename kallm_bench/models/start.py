@@ -18,7 +18,7 @@ from kallm_bench.models.distill import distill
 from kallm_bench.models.inherit import inherit, keep_matrix
 from kallm_bench.models.least_squares import OutputLayer, solve_outputs
 from kallm_bench.models.sites import LINEAR, Site
-from kallm_bench.models.spec import KANSpec, needs_calibration
+from kallm_bench.models.spec import KANSpec
 from kallm_bench.progress import Watch, nobody
 
 
@@ -59,7 +59,7 @@ def start(
         SpecError: a start that needs calibration and has none; and as the phases do.
     """
     phases = spec.start.split("+")
-    if calibration is None and needs_calibration(spec.start, spec.target):
+    if calibration is None and spec.needs_calibration:
         raise SpecError(f"start '{spec.start}' needs calibration data; pass --calibration, or take --start random")
     draws = Counter[int]()
     for site, module in replacements.items():
