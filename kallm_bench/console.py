@@ -24,6 +24,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from kallm_bench.forecast import Forecast
     from kallm_bench.records import Metric, RunRecord
     from kallm_bench.reporting import Table
 
@@ -244,6 +245,36 @@ def _show_groups(title: str, cells: Sequence[Sequence[str]]) -> None:
     for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
         out.print(rows[start][0], style="italic")
         out.print(part(rows[start:end]))
+
+
+def show_forecast(coming: Forecast, as_json: bool) -> None:
+    """What a retrofit would come to: place by place, then the whole."""
+    if as_json:
+        show_json(coming.to_json())
+        return
+    rows = [
+        [place.name, place.before[0], f"{place.before[1]:,}", place.after[0], f"{place.after[1]:,}"]
+        for place in coming.places
+    ]
+    show_rows(["site", "goes", "parameters", "comes", "parameters"], rows)
+    before, after = coming.parameters
+    replaced = [sum(place.before[1] for place in coming.places), sum(place.after[1] for place in coming.places)]
+    pairs = [
+        ("start", coming.spec.start),
+        ("parameters", f"{before:,} -> {after:,}"),
+        ("of them replaced", f"{replaced[0]:,} -> {replaced[1]:,}"),
+        ("FLOP a token, forward", f"{coming.flops[0]:,} -> {coming.flops[1]:,}"),
+        ("weights", ", ".join(f"{_gib(size)} in {name}" for name, size in coming.weights.items())),
+    ]
+    pairs += [
+        (f"learn in scope {scope}", f"{count:,}; {_gib(coming.training_bytes(scope))} and activations")
+        for scope, count in coming.trainable.items()
+    ]
+    show_pairs("Nothing was done: this is what it would come to", pairs)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:

@@ -17,7 +17,7 @@ from kallm_bench.bbh.evaluate import EvalSettings, ask, score
 from kallm_bench.bbh.protocols import find_protocol
 from kallm_bench.bbh.questions import load_questions
 from kallm_bench.bbh.tasks import TASKS
-from kallm_bench.errors import DataError, KallmError, TrainingError
+from kallm_bench.errors import CheckpointError, DataError, KallmError, ModelError, TrainingError
 from kallm_bench.files import cache_folder, check_writable, write_file
 from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, parameter_count, ref_after
 from kallm_bench.models import (
@@ -25,19 +25,23 @@ from kallm_bench.models import (
     CalibrationSettings,
     KANSpec,
     Original,
+    blocks_to_revert,
     complete_spec,
     load_config,
     load_model,
     load_tokenizer,
     open_original,
     parameters_of,
+    read_lineage,
     replaced_modules,
     retrofit_reporting,
     save_checkpoint,
     specs_of,
     stored_dtype,
     weights_folder,
+    write_card,
 )
+from kallm_bench.models import revert as put_back
 from kallm_bench.profiling import (
     KernelProblem,
     ProfileSettings,
@@ -47,7 +51,7 @@ from kallm_bench.profiling import (
     measure_training,
 )
 from kallm_bench.records import Metric, ResultsStore, RunRecord
-from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
+from kallm_bench.reporting import Table, build_tables, facts_of, to_csv, to_markdown
 from kallm_bench.suites import Cell, Suite
 from kallm_bench.training import (
     SCOPES,
@@ -114,11 +118,75 @@ def retrofit(
         found, about = _start(bench, model, tokenizer, spec, calibration)
         bench.watch("retrofit", 2, 3, "saving")
         if original.fits:
-            original.save_changed(stage.folder, lineage=stage.lineage(), replace=replace)
+            original.save_changed(stage.folder, lineage=stage.lineage(), base=stage.base, replace=replace)
         else:
-            save_checkpoint(stage.folder, model.to("cpu", dtype), tokenizer, lineage=stage.lineage(), replace=replace)
+            model = model.to("cpu", dtype)
+            save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), base=stage.base, replace=replace)
         bench.watch("retrofit", 3, 3)
-        return stage.finish([*_size_metrics(model), *found], saved=True, model=model, data=about)
+        record = stage.finish([*_size_metrics(model), *found], saved=True, model=model, data=about)
+    _describe(bench, stage.folder, model, record)
+    return record
+
+
+def revert(
+    bench: Bench, ref: ModelRef, blocks: str = "all", base: ModelRef | None = None, out: Path | None = None, *,
+    replace: bool = False,
+) -> RunRecord:  # fmt: skip
+    """Puts a checkpoint's own modules back, and saves that.
+
+    Args:
+        blocks: which; "all" for every one that was replaced.
+        base: the model that the modules come back from; None for the one that the checkpoint was made of.
+
+    Raises:
+        SpecError: see models.revert.
+        ModelError: the model that it was made of is not known or not here; CheckpointError: it is another by now.
+    """
+    chosen = blocks_to_revert(load_config(ref.open()), blocks)
+    base = base or _base_of(ref)
+    stage = Stage(bench, "retrofit", {"revert": list(chosen), "base": base.fingerprint}, ref)
+    stage.folder = out or bench.runs / f"{ref.label}-reverted-{stage.key[:8]}"
+    with stage.claimed() as done:
+        if done:
+            return done
+        replace = stage.may_replace(replace)
+        dtype = stored_dtype(ref.open())
+        bench.watch("revert", 0, 3, "loading")
+        model, tokenizer = load_model(ref.open(), dtype)
+        put_back(model, load_model(base.open(), dtype)[0], chosen)
+        bench.watch("revert", 2, 3, "saving")
+        save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), base=stage.base, replace=replace)
+        bench.watch("revert", 3, 3)
+        record = stage.finish(_size_metrics(model), saved=True, model=model)
+    _describe(bench, stage.folder, model, record)
+    return record
+
+
+def _base_of(ref: ModelRef) -> ModelRef:
+    """The model that a checkpoint was made of."""
+    if not ref.lineage or "source" not in ref.base:
+        raise ModelError(f"{ref.name} does not say what it was made of; pass --base")
+    source = ref.base["source"]
+    try:
+        base = find_ref(source)
+    except ModelError as error:
+        raise ModelError(f"{ref.name} was made of '{source}', which is not here; pass --base") from error
+    if base.fingerprint != ref.base.get("fingerprint"):
+        raise CheckpointError(f"'{source}' is not what {ref.name} was made of any more; pass --base")
+    return base
+
+
+def _describe(bench: Bench, folder: Path | None, model: PreTrainedModel, record: RunRecord) -> None:
+    """Writes what is known of a checkpoint into its card, where it is one of ours."""
+    if folder is None or not (lineage := read_lineage(folder)):
+        return
+    led = {entry["id"] for entry in lineage}
+    known = [
+        each
+        for each in bench.store.records(testbed=bench.testbed)
+        if each.id in led or (each.stage == "eval-bbh" and each.model.get("fingerprint") == record.model["fingerprint"])
+    ]
+    write_card(folder, model, facts_of(known))
 
 
 def _start(
@@ -223,8 +291,9 @@ def _train(
         return stage.finish(metrics, data=about, model=model)
     last = result.losses[-max(1, len(result.losses) // 10) :]
     metrics.append(Metric("train_loss", sum(last) / len(last), n=len(last), samples=result.losses))
-    save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
+    save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), base=stage.base, replace=replace)
     record = stage.finish(metrics, saved=True, data=about, model=model)
+    _describe(bench, stage.folder, model, record)
     shutil.rmtree(state, ignore_errors=True)
     return record
 
@@ -254,6 +323,7 @@ def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
         samples = ask(model, tokenizer, questions, protocol, max_new_tokens, partial, size, bench.watch)
         about = {"source": questions.source, "fingerprint": questions.fingerprint}
         record = stage.finish(score(samples, questions), data=about, model=model, samples=samples)
+        _describe(bench, ref.open().folder, model, record)
         partial.unlink(missing_ok=True)
         return record
 

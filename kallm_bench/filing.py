@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from kallm_bench.errors import CheckpointError
 from kallm_bench.files import DiskError, check_writable, only_one, sha256
-from kallm_bench.models import Source, find_model, read_lineage, specs_of
+from kallm_bench.models import Source, find_model, read_base, read_lineage, specs_of
 from kallm_bench.profiling import environment
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Artifact, Metric, ResultsStore, RunRecord, settings_key
@@ -75,6 +75,7 @@ class ModelRef:
         name: anything find_model takes.
         fingerprint: of its weights.
         lineage: {"id", "key", "stage"} of the records that led to it, oldest first.
+        base: {"source", "fingerprint"} of the model that was retrofitted first.
         remake: makes the weights again where they are gone.
         trust_remote_code: whether code that comes with the model may run.
     """
@@ -82,6 +83,7 @@ class ModelRef:
     name: str
     fingerprint: str
     lineage: tuple[dict[str, str], ...] = ()
+    base: Mapping[str, str] = field(default_factory=dict)
     remake: Callable[[], RunRecord] | None = None
     trust_remote_code: bool = False
 
@@ -125,8 +127,11 @@ class ModelRef:
 def find_ref(name: str, trust_remote_code: bool = False) -> ModelRef:
     """A model a user named, and whether its own code may run. Raises as find_model does."""
     source = find_model(name, trust_remote_code)
-    lineage = tuple(read_lineage(source.folder))
-    return ModelRef(name, source.fingerprint, lineage, trust_remote_code=trust_remote_code)
+    lineage, base = tuple(read_lineage(source.folder)), read_base(source.folder)
+    if not lineage and not base:  # a path says nothing elsewhere, and does not belong into what is published
+        shown = Path(name).name if Path(name).exists() else name
+        base = {"source": shown, "fingerprint": source.fingerprint}
+    return ModelRef(name, source.fingerprint, lineage, base, trust_remote_code=trust_remote_code)
 
 
 def ref_after(record: RunRecord, before: ModelRef, remake: Callable[[], RunRecord] | None = None) -> ModelRef:
@@ -134,7 +139,7 @@ def ref_after(record: RunRecord, before: ModelRef, remake: Callable[[], RunRecor
     if not record.artifacts:
         return before
     entry = {"id": record.id, "key": record.key, "stage": record.stage}
-    return ModelRef(str(_folder_of(record)), record.model["fingerprint"], (*before.lineage, entry), remake)
+    return ModelRef(str(_folder_of(record)), record.model["fingerprint"], (*before.lineage, entry), before.base, remake)
 
 
 @dataclass
@@ -253,6 +258,11 @@ class Stage:
             raise DiskError(f"{self.folder} exists; pass --force to replace it, or another --out")
         check_writable(self.folder.parent)
         return allowed
+
+    @property
+    def base(self) -> Mapping[str, str]:
+        """The model that was retrofitted first."""
+        return self.ref.base if self.ref else {}
 
     def lineage(self) -> tuple[dict[str, str], ...]:
         return (*self._lineage, {"id": self.id, "key": self.key, "stage": self.name})

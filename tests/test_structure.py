@@ -33,6 +33,7 @@ ORDER = [
     "suites",
     "filing",
     "reporting",
+    "forecast",
     "engine",
     "fetch",
     "generate",

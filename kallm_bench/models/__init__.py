@@ -1,15 +1,31 @@
 """Which model, where its feed-forward parts are, how one is replaced, saved and loaded."""
 
 from kallm_bench.models.calibration import Calibration, CalibrationSettings
-from kallm_bench.models.checkpoint import Original, load_checkpoint, open_original, save_checkpoint, stored_dtype
-from kallm_bench.models.modeling import specs_of
-from kallm_bench.models.retrofit import complete_spec, parameters_of, replaced_modules, retrofit, retrofit_reporting
+from kallm_bench.models.checkpoint import (
+    Original,
+    load_checkpoint,
+    open_original,
+    save_checkpoint,
+    stored_dtype,
+    write_card,
+)
+from kallm_bench.models.modeling import skeleton_of, specs_of
+from kallm_bench.models.retrofit import (
+    complete_spec,
+    parameters_of,
+    replaced_modules,
+    replaced_sites,
+    retrofit,
+    retrofit_reporting,
+)
+from kallm_bench.models.revert import blocks_to_revert, revert
 from kallm_bench.models.sources import (
     Source,
     find_model,
     load_config,
     load_model,
     load_tokenizer,
+    read_base,
     read_lineage,
     weights_folder,
 )
@@ -21,6 +37,7 @@ __all__ = [
     "KANSpec",
     "Original",
     "Source",
+    "blocks_to_revert",
     "complete_spec",
     "find_model",
     "load_checkpoint",
@@ -29,12 +46,17 @@ __all__ = [
     "load_tokenizer",
     "open_original",
     "parameters_of",
+    "read_base",
     "read_lineage",
     "replaced_modules",
+    "replaced_sites",
     "retrofit",
     "retrofit_reporting",
+    "revert",
     "save_checkpoint",
+    "skeleton_of",
     "specs_of",
     "stored_dtype",
     "weights_folder",
+    "write_card",
 ]

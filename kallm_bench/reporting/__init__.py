@@ -1,6 +1,7 @@
 """Tables from records. Knows records and nothing of models; no torch here."""
 
+from kallm_bench.reporting.card import facts_of
 from kallm_bench.reporting.tables import Table, build_tables
 from kallm_bench.reporting.text import grid, to_csv, to_json, to_markdown, written
 
-__all__ = ["Table", "build_tables", "grid", "to_csv", "to_json", "to_markdown", "written"]
+__all__ = ["Table", "build_tables", "facts_of", "grid", "to_csv", "to_json", "to_markdown", "written"]
