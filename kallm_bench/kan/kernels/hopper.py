@@ -68,7 +68,6 @@ def _forward_in_halves(
         _matrix(coefficients, plan.outputs[-1], 1, plan.inputs), _matrix(y, plan.rows // 2, SMALL_PIECE),
         y if bias is None else bias, M, I, O, FIRST=family.first, R=family.steps, SQUASH=family.squash,
         BITS=passes.bits_of(x.dtype), BIAS=bias is not None, WIDTHS=plan.outputs, STAGES=stages, PIECES=pieces,
-        LEAD=min(plan.lead, stages - 1),
         num_warps=4,  # those of a group; Triton adds the others
     )  # fmt: skip
 
