@@ -104,7 +104,7 @@ def test_every_family(operation: str, name: str, dtype: torch.dtype, family: str
 def test_what_lies_around_is_not_read(operation: str, name: str) -> None:
     """x, dy and the coefficients as parts of larger tensors, full of NaN elsewhere; and no bias."""
     plan, dtype = PLANS[operation][name], torch.bfloat16
-    basis, x, c, bias, dy = make_inputs("cheby2", (136, 80, 200), dtype, 2)
+    basis, x, c, bias, dy = make_inputs("cheby2", (136, 80, 200), dtype, min(2, plan.degrees))
 
     def within(tensor: Tensor, *more: int) -> Tensor:
         """The same values, at the end of the first dimension and at the start of the last."""

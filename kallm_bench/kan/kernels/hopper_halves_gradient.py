@@ -79,9 +79,9 @@ def _as_they_are(features):
 
 @gluon.jit
 def _swap(sums, dys, handed, GROUP: gl.constexpr, D: gl.constexpr):
-    """The sums of this group's degrees, with what the other has of them: the second, fourth, .. are of group 1.
+    """All the sums, and those of this group's degrees whole, with what the other has of them.
 
-    A group sends through its own ring of dy, which it needs no more.
+    The second degree, the fourth, .. are of group 1. A group sends through its own ring of dy, which it needs no more.
     """
     WIDTHS: gl.constexpr = len(sums) // D
     MOST: gl.constexpr = (D + 1) // 2  # degrees that a group hands over

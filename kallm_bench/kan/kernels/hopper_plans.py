@@ -122,7 +122,6 @@ HALVED_GRADIENTS: dict[str, HalvedGradient] = {
     "halves-128x64": HalvedGradient((128,), 64, ((64, 4), (64, 4), (16, 16))),
     "halves-128x64-low": HalvedGradient((128,), 64, ((32, 9), (32, 9))),
     "halves-192x64": HalvedGradient((128, 64), 64, ((32, 7), (32, 7))),
-    "halves-256x64": HalvedGradient((256,), 64, ((32, 5),)),
 }
 
 # A name says rows x outputs x inputs of a tile. Rings are as long as shared memory lets them be, features first, until
