@@ -16,16 +16,23 @@ from torch import Tensor
 from kallm_bench.kan import ops
 from kallm_bench.kan.kernels import hopper
 from kallm_bench.kan.kernels.families import Family
-from kallm_bench.kan.kernels.hopper_plans import HALVED, SPECIALISED, Halved, Specialised
+from kallm_bench.kan.kernels.hopper_plans import (
+    HALVED,
+    HALVED_GRADIENTS,
+    SPECIALISED,
+    Halved,
+    HalvedGradient,
+    Specialised,
+)
 
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 SHARED_MEMORY = 232_448  # bytes that a program may have on Hopper
 BARRIERS = 2048  # bytes, at most, and what Triton hands to the other warps
 SHAPES = [(136, 80, 200), (1000, 200, 136), (128, 64, 128), (300, 136, 520)]  # rows, in, out
 REPEATS = 10
-PLANS: dict[str, dict[str, Specialised | Halved]] = {
+PLANS: dict[str, dict[str, Specialised | Halved | HalvedGradient]] = {
     "forward": {**SPECIALISED["forward"], **HALVED},
-    "coefficient_gradient": {**SPECIALISED["coefficient_gradient"]},
+    "coefficient_gradient": {**SPECIALISED["coefficient_gradient"], **HALVED_GRADIENTS},
 }
 EACH = [(operation, name) for operation, plans in PLANS.items() for name in plans]
 NAMED = [(*each, degree) for each in EACH for degree in range(1, PLANS[each[0]][each[1]].degrees + 1)]
@@ -97,7 +104,7 @@ def test_every_family(operation: str, name: str, dtype: torch.dtype, family: str
 def test_what_lies_around_is_not_read(operation: str, name: str) -> None:
     """x, dy and the coefficients as parts of larger tensors, full of NaN elsewhere; and no bias."""
     plan, dtype = PLANS[operation][name], torch.bfloat16
-    basis, x, c, bias, dy = make_inputs("cheby2", (136, 80, 200), dtype, 2)
+    basis, x, c, bias, dy = make_inputs("cheby2", (136, 80, 200), dtype, min(2, plan.degrees))
 
     def within(tensor: Tensor, *more: int) -> Tensor:
         """The same values, at the end of the first dimension and at the start of the last."""
@@ -115,6 +122,9 @@ def test_every_plan_fits(operation: str, name: str, degree: int) -> None:
     plan = PLANS[operation][name]
     if isinstance(plan, Halved):
         assert_halves_fit(plan, degree)
+        return
+    if isinstance(plan, HalvedGradient):
+        assert_gradient_halves_fit(plan, degree)
         return
     features, ring = plan.rings[degree - 1]
     tile, wide = plan.rows * plan.inputs, sum(plan.outputs)
@@ -145,6 +155,16 @@ def assert_halves_fit(plan: Halved, degree: int) -> None:
     assert all(outputs % hopper.SMALL_PIECE == 0 for outputs in plan.outputs)
     features = plan.rows * plan.inputs * degree // 512  # registers of a thread, twice: multiplied by, and expanded
     assert plan.rows * width // 256 + 2 * features + 8 <= 240
+
+
+def assert_gradient_halves_fit(plan: HalvedGradient, degree: int) -> None:
+    (rows, stages), width, rings = plan.rings[degree - 1], sum(plan.outputs), 128 // plan.inputs
+    assert plan.inputs in (64, 128)
+    assert 2 * stages * rings * rows * (plan.inputs + width) + BARRIERS <= SHARED_MEMORY
+    assert stages > 2  # of which the products read one, and the expansion another
+    assert rings == 1 or stages * rows >= (degree + 1) // 2 * 128  # half of a group's sums go through its ring
+    features = rows * 64 * degree // 256  # registers of a thread, twice: multiplied by, and expanded
+    assert width * degree // 2 + 2 * features + 8 <= 240
 
 
 def test_gluon_is_not_imported_before_a_kernel_is_launched() -> None:

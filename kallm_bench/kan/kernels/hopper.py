@@ -1,4 +1,4 @@
-"""Launches the kernels of `hopper_kernels`, by the plans of `hopper_plans`."""
+"""Launches the kernels for Hopper, by the plans of `hopper_plans`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kallm_bench.kan.kernels import passes
 from kallm_bench.kan.kernels.families import Family
-from kallm_bench.kan.kernels.hopper_plans import Halved, Piped, Specialised
+from kallm_bench.kan.kernels.hopper_plans import Halved, HalvedGradient, Piped, Specialised
 
 PIECE = 64
 """Columns of y that a persistent program writes at once."""
@@ -68,29 +68,52 @@ def _forward_in_halves(
         _matrix(coefficients, plan.outputs[-1], 1, plan.inputs), _matrix(y, plan.rows // 2, SMALL_PIECE),
         y if bias is None else bias, M, I, O, FIRST=family.first, R=family.steps, SQUASH=family.squash,
         BITS=passes.bits_of(x.dtype), BIAS=bias is not None, WIDTHS=plan.outputs, STAGES=stages, PIECES=pieces,
-        LEAD=min(plan.lead, stages - 1),
         num_warps=4,  # those of a group; Triton adds the others
     )  # fmt: skip
 
 
-def coefficient_gradient(x: Tensor, dy: Tensor, dc: Tensor, family: Family, plan: Specialised) -> None:
+def coefficient_gradient(x: Tensor, dy: Tensor, dc: Tensor, family: Family, plan: Specialised | HalvedGradient) -> None:
     """Writes dc (O, D, I), contiguous, of x (M, I) and dy (M, O), on the terms of `forward`; the same bits each time.
 
     The rows go in as many parts as keep every processor busy once, which are added in the same order each time.
     """
     (M, I), (O, D, _) = x.shape, dc.shape
-    kernels, (features, ring) = _kernels(), plan.rings[D - 1]
-    (width,) = plan.outputs
-    tiles = triton.cdiv(I, plan.inputs) * triton.cdiv(O, width)
-    span = triton.cdiv(triton.cdiv(M, max(1, _processors(x.device) // tiles)), plan.rows) * plan.rows
+    step = plan.rings[D - 1][0] * 128 // plan.inputs if isinstance(plan, HalvedGradient) else plan.rows
+    tiles = triton.cdiv(I, plan.inputs) * triton.cdiv(O, sum(plan.outputs))
+    span = triton.cdiv(triton.cdiv(M, max(1, _processors(x.device) // tiles)), step) * step
     count = triton.cdiv(M, span)
     parts = dc[None] if count == 1 else torch.empty((count, O, D, I), dtype=torch.float32, device=x.device)
-    kernels.coefficient_gradient[(count * tiles,)](
-        _matrix(x, plan.rows, plan.inputs), _matrix(dy, plan.rows, width), parts, M, I, O, span, BO=width,
-        GROUP=2 if D % 2 == 0 else 1, FS=features, CS=ring, **_options(x, family, plan),
-    )  # fmt: skip
+    if isinstance(plan, HalvedGradient):
+        _gradient_in_halves(x, dy, parts, span, tiles, family, plan)
+    else:
+        _gradient_specialised(x, dy, parts, span, tiles, family, plan)
     if count > 1:
         passes.add_parts(parts, dc)
+
+
+def _gradient_specialised(
+    x: Tensor, dy: Tensor, parts: Tensor, span: int, tiles: int, family: Family, plan: Specialised
+) -> None:
+    (count, O, D, I), (width,) = parts.shape, plan.outputs
+    kernels, (features, ring) = _kernels(), plan.rings[D - 1]
+    kernels.coefficient_gradient[(count * tiles,)](
+        _matrix(x, plan.rows, plan.inputs), _matrix(dy, plan.rows, width), parts, len(x), I, O, span, BO=width,
+        GROUP=2 if D % 2 == 0 else 1, FS=features, CS=ring, **_options(x, family, plan),
+    )  # fmt: skip
+
+
+def _gradient_in_halves(
+    x: Tensor, dy: Tensor, parts: Tensor, span: int, tiles: int, family: Family, plan: HalvedGradient
+) -> None:
+    from kallm_bench.kan.kernels import hopper_halves_gradient  # Gluon; see hopper_kernels
+
+    rows, stages = plan.rings[family.functions - 1]
+    hopper_halves_gradient.coefficient_gradient[(len(parts) * tiles,)](
+        _matrix(x, rows, 64), _matrix(dy, rows, plan.outputs[0]), _matrix(dy, rows, plan.outputs[-1]), parts,
+        *x.shape, dy.shape[1], span, FIRST=family.first, R=family.steps, SQUASH=family.squash,
+        BITS=passes.bits_of(x.dtype), WIDTHS=plan.outputs, RINGS=128 // plan.inputs, STAGES=stages,
+        num_warps=4,  # those of a group; Triton adds the others
+    )  # fmt: skip
 
 
 def input_gradient(x: Tensor, coefficients: Tensor, dy: Tensor, dx: Tensor, family: Family, plan: Piped) -> None:

@@ -12,8 +12,8 @@ One more warp orders all copies. What stands in brackets is a ring of tiles in s
 slot's barrier `full`, each group its own `empty`, and for both of these the ordering warp waits before it fills the
 slot again. A program makes one tile after another, and the ring runs on from one into the next.
 
-The tensor cores must not rest while a group waits for its products, moves features, or writes a tile. So the second
-group begins some steps after the first, and stays behind: what one leaves idle, the other uses.
+The tensor cores need not rest while a group waits for its products, moves features, or writes a tile: nothing holds the
+two groups in step, and what one leaves idle, the other uses.
 
 Only `hopper` imports this, and only to launch; see `hopper_kernels`, also for what a barrier's phase is.
 """
@@ -90,7 +90,7 @@ def _ended(products, features):
 @gluon.jit
 def _multiply(bias_ptr, y_matrix, x, rings, y_buffers, x_full, c_full, empties, I, O, stop, tiles_o,
               GROUP: gl.constexpr, FIRST: gl.constexpr, R: gl.constexpr, SQUASH: gl.constexpr, BITS: gl.constexpr,
-              BIAS: gl.constexpr, LEAD: gl.constexpr):  # fmt: skip
+              BIAS: gl.constexpr):  # fmt: skip
     """What group 0 or 1 does: all outputs of its half of a tile's rows."""
     D: gl.constexpr = len(R)
     STAGES: gl.constexpr = x.shape[0]
@@ -99,8 +99,6 @@ def _multiply(bias_ptr, y_matrix, x, rings, y_buffers, x_full, c_full, empties, 
     WIDE: gl.constexpr = rings[0].shape[1]
     BO: gl.constexpr = WIDE if len(rings) == 1 else WIDE + rings[1].shape[1]
     layout: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16]), 2)
-    if GROUP * LEAD > 0:  # until the first group has ended LEAD steps; it expands while that one multiplies
-        mbarrier.wait(empties[0].index(LEAD - 1), 0, pred=I > (LEAD - 1) * BI)
     mbarrier.wait(x_full.index(0), 0)
     features = _features(x.index(0).slice(GROUP * ROWS, ROWS), layout, FIRST, R, SQUASH, BITS)
     mbarrier.wait(c_full.index(0), 0)
@@ -138,15 +136,13 @@ def _multiply(bias_ptr, y_matrix, x, rings, y_buffers, x_full, c_full, empties, 
 @gluon.jit
 def forward(x_matrix, wide, narrow, y_matrix, bias_ptr, M, I, O, FIRST: gl.constexpr, R: gl.constexpr,
             SQUASH: gl.constexpr, BITS: gl.constexpr, BIAS: gl.constexpr, WIDTHS: gl.constexpr, STAGES: gl.constexpr,
-            PIECES: gl.constexpr, LEAD: gl.constexpr):  # fmt: skip
+            PIECES: gl.constexpr):  # fmt: skip
     """y (M, O), in tiles as high as x_matrix's and WIDTHS wide: one accumulator, or two side by side.
 
     A tile of y_matrix is a piece: half the rows and some columns. Each group has room for so many PIECES. A step is a
-    tile of x and the coefficients of its inputs, and there is room for so many STAGES of them. The first group does so
-    many LEAD steps before the second begins.
+    tile of x and the coefficients of its inputs, and there is room for so many STAGES of them.
     """
     D: gl.constexpr = len(R)
-    gl.static_assert(LEAD < STAGES, "the first group cannot get further ahead than the ring is long")
     BM: gl.constexpr = x_matrix.block_type.shape[0]
     BI: gl.constexpr = x_matrix.block_type.shape[1]
     BO: gl.constexpr = WIDTHS[0] if len(WIDTHS) == 1 else WIDTHS[0] + WIDTHS[1]
@@ -167,9 +163,9 @@ def forward(x_matrix, wide, narrow, y_matrix, bias_ptr, M, I, O, FIRST: gl.const
     gl.warp_specialize(
         [
             (_multiply, (bias_ptr, y_matrix, x, rings, y_first, x_full, c_full, empties, I, O, stop, tiles_o, 0, FIRST,
-                         R, SQUASH, BITS, BIAS, LEAD)),
+                         R, SQUASH, BITS, BIAS)),
             (_multiply, (bias_ptr, y_matrix, x, rings, y_second, x_full, c_full, empties, I, O, stop, tiles_o, 1, FIRST,
-                         R, SQUASH, BITS, BIAS, LEAD)),
+                         R, SQUASH, BITS, BIAS)),
             (_load, (x_matrix, (wide, narrow), x, rings, x_full, c_full, empties, I, stop, tiles_o, D)),
         ],
         [4, 1],

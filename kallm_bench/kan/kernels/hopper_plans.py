@@ -42,9 +42,6 @@ class Specialised:
         return len(self.rings)
 
 
-# A name says rows x outputs x inputs of a tile. Rings are as long as shared memory lets them be, features first, until
-# two steps of them fit. Outputs of 384 and 288 leave nothing over in layers of 384, 576 and 1536; wider tiles than 384
-# would not leave a thread the registers to multiply.
 @dataclass(frozen=True)
 class Piped:
     """The input gradient's kernel for Hopper.
@@ -70,14 +67,12 @@ class Halved:
         rows, outputs, inputs: of a tile; outputs are the widths of its one or two accumulators.
         rings: for D = 1, 2, ..: room for so many steps, each a tile of x and its coefficients, and in each group for
             so many pieces of y. A step reads the x of the next, so with fewer than three nothing is on its way.
-        lead: steps that the first group does before the second begins.
     """
 
     rows: int
     outputs: tuple[int, ...]
     inputs: int
     rings: tuple[tuple[int, int], ...]
-    lead: int = 1
 
     @property
     def degrees(self) -> int:
@@ -85,16 +80,53 @@ class Halved:
         return len(self.rings)
 
 
+@dataclass(frozen=True)
+class HalvedGradient:
+    """The coefficient gradient in which two groups of four warps, of 64 inputs each, expand what they multiply by.
+
+    Args:
+        outputs, inputs: of a tile; outputs are the widths of a degree's one or two accumulators. With 128 inputs the
+            groups have different ones, with 64 they have different rows.
+        rings: for D = 1, 2, ..: the rows of a step that a group multiplies by, and room for so many steps.
+    """
+
+    outputs: tuple[int, ...]
+    inputs: int
+    rings: tuple[tuple[int, int], ...]
+
+    @property
+    def degrees(self) -> int:
+        """The most that it has registers for."""
+        return len(self.rings)
+
+
 # A name says rows x outputs x inputs of a tile. Where a degree is missing, ptxas spills, or three steps do not fit.
 HALVED: dict[str, Halved] = {
     "halves-128x192x32": Halved(128, (128, 64), 32, ((8, 4), (6, 4), (4, 4), (3, 4))),
-    "halves-128x192x64": Halved(128, (128, 64), 64, ((4, 4), (3, 4))),
     "halves-128x256x32": Halved(128, (256,), 32, ((8, 4), (5, 3), (3, 4), (3, 1))),
     "halves-128x288x32": Halved(128, (256, 32), 32, ((7, 4), (4, 4), (3, 4))),
     "halves-128x384x32": Halved(128, (256, 128), 32, ((6, 4), (3, 4))),
-    "halves-256x128x32": Halved(256, (128,), 32, ((8, 2), (6, 2))),
 }
 
+# A name says outputs x inputs of a tile. Each degree takes registers for its sums, and twice for its features: steps
+# are as high as what is left lets them be, or in "low" ones half as high. There is room for as many as fit, up to 16.
+HALVED_GRADIENTS: dict[str, HalvedGradient] = {
+    "halves-64x128": HalvedGradient((64,), 128, ((64, 9), (64, 9), (32, 16), (32, 16))),
+    "halves-96x128": HalvedGradient((64, 32), 128, ((64, 8), (32, 16), (32, 16), (16, 16))),
+    "halves-128x128": HalvedGradient((128,), 128, ((64, 7), (64, 7), (16, 16))),
+    "halves-128x128-low": HalvedGradient((128,), 128, ((32, 14), (32, 14))),
+    "halves-192x128": HalvedGradient((128, 64), 128, ((64, 5), (32, 11))),
+    "halves-256x128": HalvedGradient((256,), 128, ((64, 4),)),
+    "halves-64x64": HalvedGradient((64,), 64, ((64, 7), (64, 7), (32, 14), (32, 14))),
+    "halves-96x64": HalvedGradient((64, 32), 64, ((64, 5), (32, 11), (32, 11), (16, 16))),
+    "halves-128x64": HalvedGradient((128,), 64, ((64, 4), (64, 4), (16, 16))),
+    "halves-128x64-low": HalvedGradient((128,), 64, ((32, 9), (32, 9))),
+    "halves-192x64": HalvedGradient((128, 64), 64, ((32, 7), (32, 7))),
+}
+
+# A name says rows x outputs x inputs of a tile. Rings are as long as shared memory lets them be, features first, until
+# two steps of them fit. Outputs of 384 and 288 leave nothing over in layers of 384, 576 and 1536; wider tiles than 384
+# would not leave a thread the registers to multiply.
 SPECIALISED: dict[str, dict[str, Specialised]] = {
     "forward": {
         "warps-128x384x32": Specialised(

@@ -14,10 +14,17 @@ from torch import Tensor
 from kallm_bench.errors import SpecError
 from kallm_bench.kan.kernels import fused, hopper, library, passes
 from kallm_bench.kan.kernels.families import Family
-from kallm_bench.kan.kernels.hopper_plans import Halved, Piped, Specialised
+from kallm_bench.kan.kernels.hopper_plans import Halved, HalvedGradient, Piped, Specialised
 from kallm_bench.kan.kernels.plans import KINDS, Library, Plan, Problem, Tile, can, choose, find_plan
 
-WAYS: dict[type, ModuleType] = {Tile: fused, Specialised: hopper, Halved: hopper, Piped: hopper, Library: library}
+WAYS: dict[type, ModuleType] = {
+    Tile: fused,
+    Specialised: hopper,
+    Halved: hopper,
+    HalvedGradient: hopper,
+    Piped: hopper,
+    Library: library,
+}
 """The module that follows each kind of plan. Each has the functions of the operations there are such plans for."""
 
 

@@ -21,7 +21,15 @@ import torch
 
 from kallm_bench.errors import DeviceError, SpecError, unknown
 from kallm_bench.files import cache_folder, write_file
-from kallm_bench.kan.kernels.hopper_plans import HALVED, SPECIALISED, Halved, Piped, Specialised
+from kallm_bench.kan.kernels.hopper_plans import (
+    HALVED,
+    HALVED_GRADIENTS,
+    SPECIALISED,
+    Halved,
+    HalvedGradient,
+    Piped,
+    Specialised,
+)
 
 OPERATIONS = ("forward", "input_gradient", "coefficient_gradient")
 SHIPPED = Path(__file__).with_name("plans.json")
@@ -56,8 +64,8 @@ class Library:
     buffer_bytes: int
 
 
-Plan = Tile | Library | Specialised | Halved | Piped
-KINDS: tuple[type, ...] = (Tile, Library, Specialised, Halved, Piped)
+Plan = Tile | Library | Specialised | Halved | HalvedGradient | Piped
+KINDS: tuple[type, ...] = (Tile, Library, Specialised, Halved, HalvedGradient, Piped)
 
 PLANS: dict[str, dict[str, Plan]] = {
     "forward": {
@@ -85,6 +93,7 @@ PLANS: dict[str, dict[str, Plan]] = {
     },
 }
 PLANS["forward"].update(HALVED)
+PLANS["coefficient_gradient"].update(HALVED_GRADIENTS)
 for _operation, _plans in PLANS.items():
     _plans.update(SPECIALISED.get(_operation, {}))
     _plans.update({f"library-{mib}": Library(mib * 2**20) for mib in (16, 32, 48)})
