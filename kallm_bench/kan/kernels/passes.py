@@ -17,8 +17,8 @@ from kallm_bench.kan.kernels import local
 from kallm_bench.kan.kernels.families import Family
 from kallm_bench.kan.kernels.recurrence import following, squashed, through_slopes
 
-ROWS, CHANNELS = 8, 256
-"""A tile of either pass."""
+TILE, CHANNELS = 1024, 64
+"""Values in a tile of either pass, and its most channels: widths of models are multiples of 64, hardly ever of 256."""
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def expand(x: Tensor, features: Tensor, family: Family) -> None:
     if family.kind == "polynomial":
         _expand[_tiles(M, I)](*sizes, **_options(x, family))
     else:
-        _expand_local[_tiles(M, I)](*sizes, D, **_local_options(family))
+        _expand_local[_tiles(M, I)](*sizes, D, **_local_options(x, family))
 
 
 def combine(x: Tensor, gradients: Tensor, dx: Tensor, family: Family) -> None:
@@ -130,7 +130,7 @@ def combine(x: Tensor, gradients: Tensor, dx: Tensor, family: Family) -> None:
     if family.kind == "polynomial":
         _combine[_tiles(M, I)](*sizes, **_options(x, family))
     else:
-        _combine_local[_tiles(M, I)](*sizes, **_local_options(family))
+        _combine_local[_tiles(M, I)](*sizes, **_local_options(x, family))
 
 
 def _options(x: Tensor, family: Family) -> dict[str, Any]:
@@ -139,14 +139,13 @@ def _options(x: Tensor, family: Family) -> dict[str, Any]:
         "R": family.steps,
         "SQUASH": family.squash,
         "BITS": bits_of(x.dtype),
-        "BM": ROWS,
-        "BI": CHANNELS,
+        **_tile(x.shape[1]),
     }
 
 
-def _local_options(family: Family) -> dict[str, Any]:
+def _local_options(x: Tensor, family: Family) -> dict[str, Any]:
     size, order = map(int, (*family.numbers, 0)[:2])
-    return {**local.compiled_with(family.kind, size, order, family.squash), "BM": ROWS, "BI": CHANNELS}
+    return {**local.compiled_with(family.kind, size, order, family.squash), **_tile(x.shape[1])}
 
 
 def add_parts(parts: Tensor, out: Tensor) -> None:
@@ -170,5 +169,12 @@ def bits_of(dtype: torch.dtype) -> int:
     return 1 - round(math.log2(torch.finfo(dtype).eps))
 
 
+def _tile(channels: int) -> dict[str, int]:
+    """A tile's rows and channels: no wider than there are channels, of which a chunk may have but a few."""
+    wide = min(CHANNELS, triton.next_power_of_2(channels))
+    return {"BM": TILE // wide, "BI": wide}
+
+
 def _tiles(rows: int, channels: int) -> tuple[int, int]:
-    return triton.cdiv(rows, ROWS), triton.cdiv(channels, CHANNELS)
+    tile = _tile(channels)
+    return triton.cdiv(rows, tile["BM"]), triton.cdiv(channels, tile["BI"])

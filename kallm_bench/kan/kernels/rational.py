@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kallm_bench.kan.kernels.tiles import Launch, cut, place
 
-FORWARD = Launch(chunks=256, warps=4, programs=32 * 132)
+FORWARD = Launch(chunks=128, warps=4, programs=1000 * 132)  # a tile each: whoever waits for one leaves room for others
 BACKWARD = Launch(chunks=128, warps=4, programs=6 * 132)  # all at once on an H100, where 72 registers leave room for 7
 
 
