@@ -84,11 +84,11 @@ def sparse_edge_product(values: Tensor, first: Tensor, table: Tensor) -> Tensor:
     number = function * features + torch.arange(features, device=first.device, dtype=first.dtype)  # (..., J, I)
     bags = F.embedding_bag(
         number.reshape(-1, near * features),
-        table.float(),
+        table.to(values.dtype),
         mode="sum",
-        per_sample_weights=values.float().reshape(-1, near * features),  # in bfloat16 it has no gradient
+        per_sample_weights=values.reshape(-1, near * features),
     )
-    return bags.reshape(*first.shape[:-1], -1).to(values.dtype)
+    return bags.reshape(*first.shape[:-1], -1)
 
 
 @torch.library.custom_op("kallm::local_values", mutates_args=())
