@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,8 +82,8 @@ def retrofit(
 ) -> RunRecord:
     """Replaces feed-forwards and saves the checkpoint, in the dtype of the original's weights.
 
-    Where the start needs no text, nothing is loaded but what the new modules begin from; and where the original's files
-    hold its tensors by name, only what is new is written.
+    Where the original's files hold its tensors by name, only what is new is written, and nothing is loaded but what the
+    new modules begin from; a start that looks at text loads the other blocks one at a time, as each has its turn.
 
     Args:
         calibration: the text that a start is calibrated on; None for the defaults, where the start needs any.
@@ -108,14 +108,18 @@ def retrofit(
         replace = stage.may_replace(replace)
         bench.watch("retrofit", 0, 3, "loading")
         source, tokenizer = ref.open(), None
-        original = open_original(source, spec) if calibration is None else None
-        if original is None:
-            computes_in, place = (torch.float32, bench.device) if calibration else (dtype, "cpu")
+        computes_in, place = (torch.float32, bench.device) if calibration else (dtype, torch.device("cpu"))
+        original = open_original(source, spec, computes_in, place)
+        streaming: AbstractContextManager[None] = nullcontext()
+        if original is None or (calibration and not original.streams):
             model, tokenizer = load_model(source, computes_in, place)
             original = Original(weights_folder(source), model)
+        elif calibration:
+            tokenizer, streaming = load_tokenizer(source), original.streamed(place)
         model = original.model
         bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks, start '{spec.start}'")
-        found, about = _start(bench, model, tokenizer, spec, calibration)
+        with streaming:
+            found, about = _start(bench, model, tokenizer, spec, calibration)
         bench.watch("retrofit", 2, 3, "saving")
         if original.fits:
             original.save_changed(stage.folder, lineage=stage.lineage(), base=stage.base, replace=replace)
@@ -216,7 +220,7 @@ def _start(
     precision = torch.autocast(bench.device.type, bench.autocast) if bench.autocast else nullcontext()
     before, count = heldout_loss(model, kept, judged, precision, 4, bench.watch)
     began = time.perf_counter()
-    _, report = retrofit_reporting(model, spec, Calibration(tokens, positions, judged), bench.watch)
+    _, report = retrofit_reporting(model, spec, Calibration(tokens, positions, judged), bench.watch, bench.device)
     seconds = time.perf_counter() - began
     after, _ = heldout_loss(model, kept, judged, precision, 4, bench.watch)
     metrics = [

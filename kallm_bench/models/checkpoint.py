@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from kallm_bench.models.shards import Weights, copy_beside
 from kallm_bench.models.sources import (
     COMPUTABLE,
     Source,
-    check_finite,
     find_model,
     load_model,
     load_skeleton,
@@ -29,6 +29,7 @@ from kallm_bench.models.sources import (
     weights_folder,
 )
 from kallm_bench.models.spec import KANSpec
+from kallm_bench.models.streaming import Lender, can_stream, streamed
 
 
 def save_checkpoint(
@@ -87,17 +88,22 @@ class Original:
             return False
         return {id(wanted[name]) for name in stored} == {id(tensor) for tensor in wanted.values()}
 
-    def fill(self, module: nn.Module) -> None:
-        """Gives one module of a skeleton the values that the files hold for it, on the CPU.
+    @property
+    def streams(self) -> bool:
+        """Whether `streamed` can be used: the files fit, and the model's device is known while its blocks have none."""
+        return self.fits and can_stream(self.model)
+
+    def fill(self, module: nn.Module, device: torch.device | str = "cpu") -> None:
+        """Gives one module of a skeleton the values that the files hold for it, for good.
 
         Raises:
             CheckpointError: some are not finite.
         """
-        place = next(name for name, each in self.model.named_modules() if each is module) + "."
-        values = self.weights.read([name for name in self.weights.tensors if name.startswith(place)])
-        check_finite(self.folder, values)
-        values = {name.removeprefix(place): value.to(self.model.dtype) for name, value in values.items()}
-        module.to_empty(device="cpu").load_state_dict(values, assign=True)
+        Lender(self.folder, self.weights, self.tensors, device).lend(module.modules())
+
+    def streamed(self, device: torch.device | str) -> AbstractContextManager[None]:
+        """Inside, a skeleton that `fits` runs forward on `device`, a block at a time. See streaming.streamed."""
+        return streamed(self.model, Lender(self.folder, self.weights, self.tensors, device))
 
     def save_changed(
         self,
@@ -138,19 +144,25 @@ def stored_dtype(source: Source) -> torch.dtype:
     return dtype if dtype in COMPUTABLE else torch.float32
 
 
-def open_original(source: Source, spec: KANSpec) -> Original | None:
-    """A model's skeleton and its files, with such values as a retrofit's start needs; nothing else is read.
+def open_original(
+    source: Source, spec: KANSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Original | None:
+    """A model's skeleton and its files, with such values as a retrofit's start reads by itself; nothing else is read.
+
+    Args:
+        dtype: of the skeleton; None for that of the files.
+        device: of those values.
 
     Returns:
         None where the files hold other tensors than the model has, so that it must be loaded whole.
     """
-    original = Original(weights_folder(source), load_skeleton(source, stored_dtype(source)))
+    original = Original(weights_folder(source), load_skeleton(source, dtype or stored_dtype(source)))
     if not original.fits:
         return None
-    if spec.start in ("convert", "inherit"):  # the latter only where a layer inherits a layer's matrix
+    if {"convert", "inherit"} & set(spec.start.split("+")):
         anatomy = Anatomy.of(original.model.config, original_class(original.model))
-        for site in anatomy.sites(spec):
-            original.fill(original.model.get_submodule(site.path))
+        for path in dict.fromkeys(path for site in anatomy.sites(spec) for path in site.paths):
+            original.fill(original.model.get_submodule(path), device)
     return original
 
 
