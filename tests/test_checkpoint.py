@@ -239,7 +239,8 @@ def test_the_configuration_alone(model, folder):
 def test_lineage(model, tmp_path):
     lineage = [{"id": "a1", "key": "k1", "stage": "retrofit"}, {"id": "b2", "key": "k2", "stage": "train"}]
     save_checkpoint(tmp_path / "checkpoint", model, lineage=lineage)
-    assert json.loads((tmp_path / "checkpoint" / "kallm.json").read_text()) == {"lineage": lineage}
+    note = json.loads((tmp_path / "checkpoint" / "kallm.json").read_text())
+    assert note == {"lineage": lineage, "base": {}}
     assert read_lineage(tmp_path / "checkpoint") == lineage
     assert "b2" in (tmp_path / "checkpoint" / "README.md").read_text()
 
