@@ -8,10 +8,10 @@ quickstart: .venv/ready
 	$(BIN)/kallm run suites/quickstart.toml
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 test-long: check
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not gpu"
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

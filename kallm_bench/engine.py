@@ -27,6 +27,7 @@ from kallm_bench.models import (
     Original,
     blocks_to_revert,
     complete_spec,
+    is_tight,
     load_config,
     load_model,
     load_tokenizer,
@@ -111,7 +112,10 @@ def retrofit(
         computes_in, place = (torch.float32, bench.device) if calibration else (dtype, torch.device("cpu"))
         original = open_original(source, spec, computes_in, place)
         streaming: AbstractContextManager[None] = nullcontext()
-        if original is None or (calibration and not original.streams):
+        whole = (
+            original and calibration and not (original.streams and is_tight(place, 4 * parameter_count(original.model)))
+        )
+        if original is None or whole:
             model, tokenizer = load_model(source, computes_in, place)
             original = Original(weights_folder(source), model)
         elif calibration:

@@ -1,6 +1,6 @@
 """Which model, where its feed-forward parts are, how one is replaced, saved and loaded."""
 
-from kallm_bench.models.calibration import Calibration, CalibrationSettings
+from kallm_bench.models.calibration import Calibration, CalibrationSettings, is_tight
 from kallm_bench.models.checkpoint import (
     Original,
     load_checkpoint,
@@ -40,6 +40,7 @@ __all__ = [
     "blocks_to_revert",
     "complete_spec",
     "find_model",
+    "is_tight",
     "load_checkpoint",
     "load_config",
     "load_model",

@@ -176,6 +176,14 @@ class _InDtypeOf(nn.Module):
         return y.to(x.dtype)
 
 
+def is_tight(device: torch.device, needed_bytes: int) -> bool:
+    """Whether a model of so many bytes would take so much of a GPU that it should not lie there whole.
+
+    Of a CPU's memory it always would: there a file that is mapped costs no time and no memory of its own.
+    """
+    return device.type == "cpu" or needed_bytes > KEEP * _free_bytes(device)
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

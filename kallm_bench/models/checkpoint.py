@@ -31,6 +31,9 @@ from kallm_bench.models.sources import (
 from kallm_bench.models.spec import KANSpec
 from kallm_bench.models.streaming import Lender, can_stream, streamed
 
+LARGEST_SHARD = "4GB"
+"""Weights that are more go into several files, of which a later retrofit rewrites only those it changes."""
+
 
 def save_checkpoint(
     folder: Path | str,
@@ -57,7 +60,7 @@ def save_checkpoint(
     quiet_transformers()
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with new_folder(Path(folder), replace=replace, needed_bytes=size) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, max_shard_size=LARGEST_SHARD)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         _write_notes(temporary, model, lineage, base or {})
