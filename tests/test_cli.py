@@ -296,6 +296,19 @@ def test_a_suite_of_starts_ends_in_a_table_of_how_they_stand_in(home: Path, kall
     assert len(records(home)) == 2
 
 
+def test_single_layers_have_their_names_in_tables(home: Path, kallm: Run) -> None:
+    layers = STARTS.partition("[[arm]]")[0] + (
+        '[[arm]]\nname = "layers"\nbasis = "cheby2"\nblocks = "3"\ntarget = "linears"\nstart = "lstsq"\n'
+        'activation = "drop"\n'
+    )
+    (home / "layers.toml").write_text(layers)
+    code, _, err = kallm("run", "layers.toml")
+    assert code == 0, err
+    written = (next((home / "results").glob("local-*")) / "layers" / "report.md").read_text()
+    assert "R² block 3.mlp.down_proj | R² block 3.mlp.gate_proj | R² block 3.mlp.up_proj" in written
+    assert "cheby2 degree 2, no activation, each linear layer in the feed-forward of blocks 3, start lstsq" in written
+
+
 def test_a_saved_checkpoint_changes_its_basis_and_is_inspected(home: Path, kallm: Run) -> None:
     assert kallm("retrofit", "base", "--blocks", "2-3", "--basis", "cheby2", "--degree", "2", "--out", "kan")[0] == 0
     code, out, err = kallm("retrofit", "kan", "--blocks", "2-3", "--basis", "legendre", "--degree", "4", "--out", "new")

@@ -24,6 +24,7 @@ from kallm_bench.models import (
     CalibrationSettings,
     KANSpec,
     Original,
+    calibration,
     complete_spec,
     find_model,
     load_config,
@@ -347,3 +348,10 @@ def test_a_command_streams(
         weights.append(find_model(str(Path(record.artifacts[0].path).parent)).fingerprint)
     assert values[0] == values[1]
     assert weights[0] == weights[1]
+
+
+def test_a_gpu_with_room_holds_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_free_bytes", lambda device: 1000)
+    assert not calibration.is_tight(torch.device("cuda"), 499)
+    assert calibration.is_tight(torch.device("cuda"), 501)
+    assert calibration.is_tight(torch.device("cpu"), 1)

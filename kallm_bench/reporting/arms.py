@@ -129,13 +129,23 @@ def what_it_is(arm: Arm) -> str:
     return "fine-tuned, nothing replaced" if trained else "untouched"
 
 
+TARGETS = {
+    "linears": "each linear layer in the feed-forward of ",
+    "attention": "each linear layer in the attention of ",
+}
+"""How a retrofit of single layers says where it is."""
+
+
 def _described(spec: dict[str, Any]) -> str:
-    blocks = f"blocks {_ranges(spec['blocks'])}"
+    where = TARGETS.get(spec.get("target", "feedforward"), "")
+    blocks = f"{where}blocks {_ranges(spec['blocks'])}"
     if spec["basis"] == "drop":
         return f"no feed-forward in {blocks}"
     if spec["basis"] == "linear":
         hidden = f"hidden {spec['hidden']}" if spec["hidden"] else "full width"
         kind = "linear restart" if spec.get("start", "random") == "random" else "linear"
+        if spec.get("activation") == "drop":
+            hidden += ", no activation"
         return f"{kind}, {hidden}, {blocks}{_started(spec)}"
     degree = f" degree {spec['degree']}" if spec["degree"] is not None else ""
     hidden = f", hidden {spec['hidden']}" if spec["hidden"] else ""
@@ -143,7 +153,9 @@ def _described(spec: dict[str, Any]) -> str:
     extras += ", linear path" if spec.get("linear") else ""
     extras += f", {spec['groups']} groups" if spec.get("groups") else ""
     extras += ", up path too" if spec.get("up") else ""
-    return f"{spec['basis']}{degree}, {spec['form']}{hidden}{extras}, {blocks}{_started(spec)}"
+    extras += ", no activation" if spec.get("activation") == "drop" else ""
+    form = "" if where else f", {spec['form']}"
+    return f"{spec['basis']}{degree}{form}{hidden}{extras}, {blocks}{_started(spec)}"
 
 
 def _started(spec: dict[str, Any]) -> str:

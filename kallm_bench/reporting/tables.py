@@ -131,8 +131,8 @@ def _starts(suite: str, testbed: str, records: Sequence[RunRecord]) -> Table:
         ("start_seconds", "seconds"),
     ]
     found = {metric.name for each in arms.values() for record in each for metric in record.metrics}
-    blocks = sorted((name for name in found if name.startswith("start_r2/")), key=lambda name: int(name.split("/")[1]))
-    columns[1:1] = [(name, f"R² block {name.split('/')[1]}") for name in blocks]
+    sites = sorted((name for name in found if name.startswith("start_r2/")), key=_place)
+    columns[1:1] = [(name, f"R² block {name.split('/')[1]}") for name in sites]
     rows = []
     for name, of_arm in arms.items():
         figures = {}
@@ -147,6 +147,12 @@ def _starts(suite: str, testbed: str, records: Sequence[RunRecord]) -> Table:
         f"Calibrated on {', '.join(sorted(sources))}. R²: of the replaced block's output, on held-out rows.",
     ]
     return Table(suite, testbed, tuple(rows), tuple(below), *_unzipped(columns), kind="starts")
+
+
+def _place(name: str) -> tuple[int, str]:
+    """How "start_r2/3" and "start_r2/3.mlp.up_proj" are sorted."""
+    block, _, layer = name.partition("/")[2].partition(".")
+    return int(block), layer
 
 
 def _kernels(suite: str, testbed: str, machine: dict[str, Any], records: Sequence[RunRecord]) -> Table:
