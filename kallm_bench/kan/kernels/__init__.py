@@ -2,6 +2,7 @@
 
 In the order in which they read best: `layer`, the operators that PyTorch sees, and `plans`, which way each goes;
 `library`, the simplest way, with its `passes`; `recurrence`, what becomes of one value; `fused`, all in one kernel;
-`hopper` with `hopper_kernels` and `hopper_slopes`, where warps divide the work. `local` (B-splines, Gaussians) and
-`rational` stand by themselves, on `tiles`. NOTES.md tells what was tried, expected and found.
+`hopper` with `hopper_kernels` and `hopper_slopes`, where warps divide the work, and with `hopper_halves` and
+`hopper_halves_gradient`, where features stay in registers. `local` (B-splines, Gaussians) and `rational` stand by
+themselves, on `tiles`. NOTES.md tells what was tried, expected and found.
 """
