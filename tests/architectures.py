@@ -98,10 +98,10 @@ def _examine(kind: str, depth: int) -> Outcome:
     try:
         retrofit(model, spec)
         exercise(model)
-    except Exception as error:
+    except Exception as error:  # someone else's model may fail in any way; is it the retrofit that does?
         try:
             exercise(make(kind, depth))
-        except Exception as own:
+        except Exception as own:  # no: the untouched model fails too
             raise NoTinyModelError(f"made small it fails by itself, with {type(own).__name__}") from own
         raise AssertionError(f"{kind}: {error!r}") from error
     return Outcome("covered", described)

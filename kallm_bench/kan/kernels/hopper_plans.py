@@ -9,8 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+class Ringed:
+    """A plan that says for D = 1, 2, .. how its rings are cut, as far as shared memory and registers reach."""
+
+    rings: tuple[tuple[int, int], ...]
+
+    @property
+    def degrees(self) -> int:
+        """The most that it has room for."""
+        return len(self.rings)
+
+
 @dataclass(frozen=True)
-class Specialised:
+class Specialised(Ringed):
     """A kernel of eight warps that multiply, and of others that expand what they multiply by.
 
     Args:
@@ -36,11 +47,6 @@ class Specialised:
     at_once: int
     persistent: bool = False
 
-    @property
-    def degrees(self) -> int:
-        """The most that it has room for."""
-        return len(self.rings)
-
 
 @dataclass(frozen=True)
 class Piped:
@@ -60,7 +66,7 @@ class Piped:
 
 
 @dataclass(frozen=True)
-class Halved:
+class Halved(Ringed):
     """The forward in which two groups of four warps have half a tile's rows each, and expand what they multiply by.
 
     Args:
@@ -74,14 +80,9 @@ class Halved:
     inputs: int
     rings: tuple[tuple[int, int], ...]
 
-    @property
-    def degrees(self) -> int:
-        """The most that it has room and registers for."""
-        return len(self.rings)
-
 
 @dataclass(frozen=True)
-class HalvedGradient:
+class HalvedGradient(Ringed):
     """The coefficient gradient in which two groups of four warps, of 64 inputs each, expand what they multiply by.
 
     Args:
@@ -93,11 +94,6 @@ class HalvedGradient:
     outputs: tuple[int, ...]
     inputs: int
     rings: tuple[tuple[int, int], ...]
-
-    @property
-    def degrees(self) -> int:
-        """The most that it has registers for."""
-        return len(self.rings)
 
 
 # A name says rows x outputs x inputs of a tile. Where a degree is missing, ptxas spills, or three steps do not fit.
