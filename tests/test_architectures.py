@@ -33,6 +33,13 @@ def test_a_retrofitted_model_learns_generates_and_comes_back(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["minimax", "xlnet"])
+def test_those_with_a_cache_of_their_own_keep_it(kind: str) -> None:
+    """transformers tells them by the names of their classes."""
+    assert examine(kind).status == "covered", examine(kind).text
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_where_it_cannot_apply_it_is_refused_with_the_reason(kind: str) -> None:
     found = examine(kind)

@@ -151,7 +151,8 @@ def _make_class(base: Any) -> type[PreTrainedModel]:
         def _can_set_experts_implementation(cls) -> bool:
             return bool(base._can_set_experts_implementation())
 
-    Retrofitted.__name__ = Retrofitted.__qualname__ = "KallmForCausalLM"  # pipelines take only names that they know
+    # transformers looks for an architecture's name in that of a class, to tell which cache it generates with
+    Retrofitted.__name__ = Retrofitted.__qualname__ = f"Kallm{base.__name__}"
     return Retrofitted
 
 
