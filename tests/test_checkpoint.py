@@ -209,7 +209,7 @@ def test_what_the_folder_holds(folder, model):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "kallm"
     assert config["architectures"] == ["KallmForCausalLM"]
-    assert type(model).__name__ == f"Kallm{type(model).kallm_base.__name__}"
+    assert type(model).__name__ == type(model).kallm_base.__name__
     assert config["auto_map"] == {
         "AutoConfig": "modeling_kallm.KallmConfig",
         "AutoModelForCausalLM": "modeling_kallm.KallmForCausalLM",

@@ -151,8 +151,8 @@ def _make_class(base: Any) -> type[PreTrainedModel]:
         def _can_set_experts_implementation(cls) -> bool:
             return bool(base._can_set_experts_implementation())
 
-    # transformers looks for an architecture's name in that of a class, to tell which cache it generates with
-    Retrofitted.__name__ = Retrofitted.__qualname__ = f"Kallm{base.__name__}"
+    # by a class's name transformers tells which cache it generates with, which weights it renames, who has a pipeline
+    Retrofitted.__name__ = Retrofitted.__qualname__ = base.__name__
     return Retrofitted
 
 
