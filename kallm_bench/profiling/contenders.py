@@ -32,6 +32,10 @@ INPUT_SETS = 4
 """Inputs that calls take in turn, so that none is found in the cache where the call before has left it."""
 
 
+SPARSE_ROWS = 2048
+"""Rows that the sparse product takes at once: embedding_bag's backward counts its partial sums in 32 bits."""
+
+
 class NotPossibleError(Exception):
     """A contender that cannot compete on a problem, and why. It becomes a row of the table, never an error."""
 
@@ -125,7 +129,10 @@ plain_layer = _ours("reference")
 
 
 def _sparse(setup: Setup) -> Contender:
-    """Of a local family the few functions that are not zero, each with its row of the coefficients."""
+    """Of a local family the few functions that are not zero, each with its row of the coefficients.
+
+    In float32 inside, whatever the problem's dtype: embedding_bag has no gradient for its weights in bfloat16.
+    """
     layer, basis = setup.layer, setup.layer.basis
     if not isinstance(layer, KANLinear) or not isinstance(basis, BSpline | GaussianRBF):
         raise NotPossibleError("every function of this family counts everywhere")
@@ -138,8 +145,12 @@ def _sparse(setup: Setup) -> Contender:
 
     def call(x: Tensor) -> Tensor:
         x, squash = (SQUASHES["norm"](x), "none") if normalised else (x, basis.squash)
-        near, first = local.local_values(x, basis.name, basis.size - order, order, squash)
-        y: Tensor = local.sparse_edge_product(near, first, coefficients.permute(1, 2, 0).flatten(0, 1))
+        table = coefficients.permute(1, 2, 0).flatten(0, 1).float()
+        parts = []
+        for rows in x.float().split(SPARSE_ROWS):
+            near, first = local.local_values(rows, basis.name, basis.size - order, order, squash)
+            parts.append(local.sparse_edge_product(near, first, table))
+        y: Tensor = torch.cat(parts).to(x.dtype)
         return y if bias is None else y + bias
 
     return _differentiated(call, layer, setup.inputs, setup.dy, ours=True)
