@@ -57,6 +57,7 @@ from kallm_bench.suites import Cell, Suite
 from kallm_bench.training import (
     SCOPES,
     DataSource,
+    Forward,
     TrainSettings,
     check_scope,
     find_data,
@@ -221,12 +222,13 @@ def _start(
         )
     batches = learned.batch(range(rows)), kept.batch(range(judged))
     tokens, positions = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "position_ids"))
-    precision = torch.autocast(bench.device.type, bench.autocast) if bench.autocast else nullcontext()
-    before, count = heldout_loss(model, kept, judged, precision, 4, bench.watch)
+    with Forward(model, autocast=bench.autocast) as forward:
+        before, count = heldout_loss(forward, kept, judged, 4, bench.watch)
     began = time.perf_counter()
     _, report = retrofit_reporting(model, spec, Calibration(tokens, positions, judged), bench.watch, bench.device)
     seconds = time.perf_counter() - began
-    after, _ = heldout_loss(model, kept, judged, precision, 4, bench.watch)
+    with Forward(model, autocast=bench.autocast) as forward:
+        after, _ = heldout_loss(forward, kept, judged, 4, bench.watch)
     metrics = [
         Metric("heldout_loss_before", before, n=count),
         Metric("heldout_loss", after, n=count),

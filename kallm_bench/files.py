@@ -82,6 +82,15 @@ def check_writable(folder: Path) -> None:
             os.fsync(probe.fileno())
 
 
+def check_room(path: Path, needed_bytes: int) -> None:
+    """Asks whether the disk of `path`'s folder has so much free. DiskError if not."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed_bytes:
+        raise DiskError(
+            f"cannot write {path}: it needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
+        )
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all: beside its place, synced, renamed. An older file of that name is replaced.
 
@@ -127,11 +136,7 @@ def new_folder(path: Path, *, replace: bool = False, needed_bytes: int = 0) -> I
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
-        free = shutil.disk_usage(path.parent).free
-        if free < needed_bytes:
-            raise DiskError(
-                f"cannot write {path}: it needs {needed_bytes / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free"
-            )
+        check_room(path, needed_bytes)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL))
     try:
         with _opened(temporary, os.O_RDONLY) as descriptor:

@@ -18,8 +18,8 @@ from kallm_bench.errors import DataError, Interrupted, TrainingError
 from kallm_bench.models import KANSpec, retrofit
 from kallm_bench.training import SCOPES, TrainSettings, apply_scope, loop, parameters_in, prepare, train
 from kallm_bench.training.data import IGNORE, Template
+from kallm_bench.training.forward import Forward, make_batch
 from kallm_bench.training.loop import _State
-from kallm_bench.training.loss import loss_sum
 
 CHAT = [
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, how are you?"}],
@@ -84,7 +84,8 @@ def test_packed_documents_neither_see_nor_shift_each_other(
     lengths = [len(bundled_tokenizer(template.spans(one)[0], add_special_tokens=False)["input_ids"]) for one in CHAT]
     source = write_chat(tmp_path / "both.jsonl", CHAT)
     packed, _ = prepare(source, bundled_tokenizer, sum(lengths), tmp_path / "cache", heldout=source)
-    together, tokens = loss_sum(model, packed.batch([0]))
+    with Forward(model) as forward:
+        together, tokens = forward.loss_sum(make_batch(packed, [0]))
     alone = torch.zeros(())
     for number, one in enumerate(CHAT):
         text, spans = template.spans(one)
@@ -168,7 +169,8 @@ def test_a_tied_embedding_learns_through_the_head_alone(tiny_llama: Any, rows: A
     batch = rows[0].batch([0, 1])
     weight = model.get_input_embeddings().weight
     apply_scope(model, "tail+head")
-    (gradient,) = torch.autograd.grad(loss_sum(model, batch)[0], [weight])
+    with Forward(model) as forward:
+        (gradient,) = torch.autograd.grad(forward.loss_sum(make_batch(rows[0], [0, 1]))[0], [weight])
 
     hidden = model.get_decoder()(input_ids=batch["input_ids"], position_ids=batch["position_ids"])[0]
     bears = batch["targets"] != IGNORE
@@ -248,8 +250,8 @@ def test_a_long_step_is_left_between_two_batches_and_costs_only_itself(
     expected = train(whole, *rows, settings, tmp_path / "whole", batch_rows=2)
 
     def count(module: Any, inputs: Any) -> None:
-        seen[0] += module.training
-        if seen[0] == 6 and module.training:  # the second batch of the second step
+        seen[0] += torch.is_grad_enabled()
+        if seen[0] == 6 and torch.is_grad_enabled():  # the second batch of the second step
             signal.raise_signal(number)
 
     resumed.get_decoder().register_forward_pre_hook(count)

@@ -147,7 +147,7 @@ def _sparse(setup: Setup) -> Contender:
         x, squash = (SQUASHES["norm"](x), "none") if normalised else (x, basis.squash)
         table = coefficients.permute(1, 2, 0).flatten(0, 1).float()
         parts = []
-        for rows in x.float().split(SPARSE_ROWS):
+        for rows in torch.split(x.float(), SPARSE_ROWS):
             near, first = local.local_values(rows, basis.name, basis.size - order, order, squash)
             parts.append(local.sparse_edge_product(near, first, table))
         y: Tensor = torch.cat(parts).to(x.dtype)

@@ -26,8 +26,8 @@ from kallm_bench.errors import DeviceError
 from kallm_bench.profiling.memory import peak_memory
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import WIDE_SPREAD, Metric
-from kallm_bench.training import apply_scope
-from kallm_bench.training.loss import loss_sum
+from kallm_bench.training import Forward, apply_scope
+from kallm_bench.training.forward import batch_of
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,12 @@ def _training_step(
 ) -> Callable[[], None]:
     learning = apply_scope(model, settings.scope, settings.tail_from)
     optimiser = torch.optim.AdamW(learning, lr=0.0, weight_decay=0.0)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    batch = {"input_ids": ids, "position_ids": positions, "targets": ids.roll(-1, dims=1)}
-    enabled = autocast is not None
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    batch = batch_of(ids.cpu(), positions, ids.roll(-1, dims=1).cpu(), ids.device)
+    forward = Forward(model, autocast=autocast)
 
     def step() -> None:
-        with torch.autocast(ids.device.type, autocast, enabled=enabled):
-            loss, count = loss_sum(model, batch)
+        loss, count = forward.loss_sum(batch)
         torch.autograd.backward(loss / count)
         optimiser.step()
         optimiser.zero_grad()

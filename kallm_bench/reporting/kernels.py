@@ -37,7 +37,7 @@ CONTENDERS = {
     "kallm": "what our layers call",
     "reference": "expansion, concatenation and product in plain PyTorch",
     "compiled": "that under torch.compile",
-    "sparse": "of a local family the functions that are not zero, each a row of coefficients, by embedding_bag in float32",
+    "sparse": "of a local family the functions that are not zero, each a row of coefficients (embedding_bag, float32)",
     "linear": "nn.Linear of the same in and out",
     "gelu": "PyTorch's, in place of the learned function",
 }

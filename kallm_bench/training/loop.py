@@ -12,7 +12,6 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +26,9 @@ from kallm_bench.errors import Interrupted, TrainingError
 from kallm_bench.files import new_folder
 from kallm_bench.interrupts import StopRequest, deferred_stop
 from kallm_bench.progress import Watch, nobody
-from kallm_bench.training.data import IGNORE, Rows
-from kallm_bench.training.loss import agrees_with_model, keeps_documents_apart, loss_sum
+from kallm_bench.training.checks import agrees_with_model, keeps_documents_apart
+from kallm_bench.training.data import Rows
+from kallm_bench.training.forward import Batch, Forward
 from kallm_bench.training.scope import apply_scope
 
 SAVE_EVERY_SECONDS = 60.0
@@ -113,6 +113,8 @@ def train(
     *,
     autocast: torch.dtype | None = None,
     batch_rows: int = 4,
+    fast: bool = False,
+    cache: Path | None = None,
     watch: Watch = nobody,
 ) -> TrainResult:
     """Trains `model` in place, from where `state_folder` says an earlier run was stopped.
@@ -122,6 +124,8 @@ def train(
         state_folder: where the state is kept while it runs; removed by the caller when the result is safe.
         autocast: dtype of the products, the parameters staying as they are; None computes in the model's own.
         batch_rows: rows that go through the model at once; changes memory and rounding, not the result.
+        fast: see Forward; it changes time and rounding, not the result.
+        cache: folder in which to keep what frozen blocks give, for other runs that begin with them.
 
     Raises:
         Interrupted: a signal came; the state after the step it came in is saved.
@@ -138,20 +142,32 @@ def train(
     device = model.device
     if not agrees_with_model(model, rows.batch([0], device)["input_ids"][:, :8]):
         raise TrainingError(f"{type(model).__name__} does more between its decoder and its logits than is known here")
-    precision = torch.autocast(device.type, autocast) if autocast else nullcontext()
     if not keeps_documents_apart(model, rows.batch([0], device)["input_ids"][:, :16]):
         raise TrainingError(f"{type(model).__name__} lets documents packed into one row see each other")
     if not steps:
-        loss, count = heldout_loss(model, heldout, settings.heldout_rows, precision, batch_rows, watch)
+        with Forward(model, autocast=autocast) as forward:
+            loss, count = heldout_loss(forward, heldout, settings.heldout_rows, batch_rows, watch)
         return TrainResult((), loss, _finite(loss), count, 0)
     learning = apply_scope(model, settings.scope, settings.tail_from)
     order = np.random.default_rng(settings.seed).permutation(len(rows))
     state = _State(model, learning, settings, state_folder)
     state.load(watch)
-    if state.heldout_before is None:
-        state.heldout_before = heldout_loss(model, heldout, settings.heldout_rows, precision, batch_rows, watch)[0]
+    with Forward(model, autocast=autocast, fast=fast) as forward:
+        forward.keep(cache, (rows, heldout))
+        if state.heldout_before is None:
+            state.heldout_before = heldout_loss(forward, heldout, settings.heldout_rows, batch_rows, watch)[0]
+        forward.train(True)
+        _run(forward, rows, order, state, batch_rows, watch)
+        state.save()  # what follows may be stopped too
+        forward.train(False)
+        after, tokens = heldout_loss(forward, heldout, settings.heldout_rows, batch_rows, watch)
+    count = sum(parameter.numel() for parameter in learning)
+    return TrainResult(tuple(state.losses), state.heldout_before, _finite(after), tokens, count)
 
-    model.train()
+
+def _run(forward: Forward, rows: Rows, order: np.ndarray, state: _State, batch_rows: int, watch: Watch) -> None:
+    """All steps from where `state` stands."""
+    settings, steps = state.settings, state.settings.steps
     last_save = time.monotonic()
 
     def stopping() -> None:
@@ -159,8 +175,10 @@ def train(
 
     with deferred_stop(stopping) as stop:
         while state.step < steps:
-            numbers = order[state.step * settings.rows_per_step : (state.step + 1) * settings.rows_per_step]
-            mean = _step(model, rows, numbers, state, precision, batch_rows, stop)
+            first = state.step * settings.rows_per_step
+            numbers = order[first : first + settings.rows_per_step]
+            following = order[first + settings.rows_per_step :][:batch_rows] if state.step + 1 < steps else numbers[:0]
+            mean = _step(forward, rows, numbers, following, state, batch_rows, stop)
             if mean is None:
                 state.save()
                 raise Interrupted(stop.number, f"training stands at step {state.step} of {steps}")
@@ -178,11 +196,6 @@ def train(
                 last_save = time.monotonic()
             if stop:
                 raise Interrupted(stop.number, f"training stands at step {state.step} of {steps}")
-    state.save()  # what follows may be stopped too
-    model.eval()
-    after, tokens = heldout_loss(model, heldout, settings.heldout_rows, precision, batch_rows, watch)
-    count = sum(parameter.numel() for parameter in learning)
-    return TrainResult(tuple(state.losses), state.heldout_before, _finite(after), tokens, count)
 
 
 def _finite(heldout_loss: float) -> float:
@@ -201,7 +214,9 @@ class _State:
         self.parameters = {names[id(parameter)]: parameter for parameter in learning}
         self.settings = settings
         self.folder = folder
-        self.optimiser = torch.optim.AdamW(learning, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.optimiser = torch.optim.AdamW(
+            learning, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=model.device.type == "cuda"
+        )
         self.step = 0
         self.losses: list[float] = []
         self.heldout_before: float | None = None
@@ -259,41 +274,42 @@ class _State:
             parameter.copy_(tensors[f"value.{name}"])
             for moment in ("exp_avg", "exp_avg_sq", "step"):
                 if f"{moment}.{name}" in tensors:
-                    device = "cpu" if moment == "step" else parameter.device  # where AdamW keeps each
+                    fused = self.optimiser.defaults["fused"]
+                    device = "cpu" if moment == "step" and not fused else parameter.device  # where AdamW keeps each
                     self.optimiser.state[parameter][moment] = tensors[f"{moment}.{name}"].to(device)
 
 
 def _step(
-    model: PreTrainedModel,
+    forward: Forward,
     rows: Rows,
     numbers: np.ndarray,
+    following: np.ndarray,
     state: _State,
-    precision: AbstractContextManager[None],
     batch_rows: int,
     stop: StopRequest,
 ) -> float | None:
     """One optimiser step on the rows of these numbers; returns their mean loss before it.
 
     The gradient is that of the mean over all loss-bearing tokens of the step, whatever `batch_rows`. None, with nothing
-    changed, where `stop` came between two batches.
+    changed, where `stop` came between two batches. `following` are the rows to get ready meanwhile.
     """
     state.set_rate()
     torch.manual_seed(state.settings.seed * 1_000_003 + state.step)  # dropout, in models that have it
-    batches = list(_batches(rows, numbers, batch_rows, model.device))
-    bearing = [batch for batch in batches if (batch["targets"] != IGNORE).any()]
+    bearing = [batch for batch in _batches(forward, rows, numbers, batch_rows) if len(batch.targets)]
+    if len(following):
+        forward.prefetch(rows, np.sort(following))
     if not bearing:  # short rows may hold nobody's answer; the step then changes nothing
         return state.losses[-1] if state.losses else 0.0
-    count = sum(int((batch["targets"] != IGNORE).sum()) for batch in bearing)
-    total = 0.0
+    count = sum(len(batch.targets) for batch in bearing)
+    losses = []
     for batch in bearing:
         if stop:
             state.optimiser.zero_grad()
             return None
-        with precision:
-            loss, _ = loss_sum(model, batch)
+        loss, _ = forward.loss_sum(batch)
         torch.autograd.backward(loss / count)
-        total += float(loss.detach())
-    mean = total / count
+        losses.append(loss.detach())
+    mean = float(sum(losses)) / count
     if math.isfinite(mean):
         torch.nn.utils.clip_grad_norm_(state.parameters.values(), state.settings.clip_norm)
         state.optimiser.step()
@@ -303,12 +319,7 @@ def _step(
 
 @torch.no_grad()
 def heldout_loss(
-    model: PreTrainedModel,
-    heldout: Rows,
-    most: int,
-    precision: AbstractContextManager[None],
-    batch_rows: int,
-    watch: Watch = nobody,
+    forward: Forward, heldout: Rows, most: int, batch_rows: int, watch: Watch = nobody
 ) -> tuple[float, int]:
     """Mean loss over the first `most` held-out rows, and over how many tokens.
 
@@ -317,9 +328,8 @@ def heldout_loss(
     """
     numbers = np.arange(min(most, len(heldout)))
     total, count = 0.0, 0
-    for done, batch in enumerate(_batches(heldout, numbers, batch_rows, model.device), 1):
-        with precision:
-            loss, tokens = loss_sum(model, batch)
+    for done, batch in enumerate(_batches(forward, heldout, numbers, batch_rows), 1):
+        loss, tokens = forward.loss_sum(batch)
         total, count = total + float(loss), count + tokens
         watch("held-out loss", min(done * batch_rows, len(numbers)), len(numbers))
     if count == 0:
@@ -327,6 +337,6 @@ def heldout_loss(
     return total / count, count
 
 
-def _batches(rows: Rows, numbers: np.ndarray, batch_rows: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _batches(forward: Forward, rows: Rows, numbers: np.ndarray, batch_rows: int) -> Iterator[Batch]:
     for start in range(0, len(numbers), batch_rows):
-        yield rows.batch(np.sort(numbers[start : start + batch_rows]), device)
+        yield forward.batch(rows, np.sort(numbers[start : start + batch_rows]), batch_rows)

@@ -1,0 +1,31 @@
+"""What is asked of an architecture before it is trained: whether decoder and head can be run apart, and rows packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kallm_bench.training.loss import logits_of
+
+
+@torch.no_grad()
+def agrees_with_model(model: PreTrainedModel, input_ids: Tensor) -> bool:
+    """Whether decoder and head, as used here, give the model's own logits. (B, T) token ids."""
+    own = model(input_ids=input_ids, use_cache=False).logits
+    ours = logits_of(model, model.get_decoder()(input_ids=input_ids, use_cache=False)[0])
+    tolerance = 1e-3 * float(own.nan_to_num().abs().max())
+    return bool(torch.allclose(own.float(), ours.float(), atol=tolerance, equal_nan=True))
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: PreTrainedModel, input_ids: Tensor) -> bool:
+    """Whether a document packed behind another is left alone by it. (1, T) token ids, T even: two documents of T/2."""
+    half = input_ids.shape[1] // 2
+    positions = torch.arange(half, device=input_ids.device).repeat(2)[None]
+    changed = torch.cat([input_ids[:, :half].flip(1) + 1, input_ids[:, half:]], dim=1)
+    first, second = (
+        model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)[0][:, half:].nan_to_num()
+        for ids in (input_ids, changed % model.get_input_embeddings().num_embeddings)
+    )
+    return bool(torch.allclose(first, second, rtol=1e-3, atol=1e-4 * float(first.abs().max())))

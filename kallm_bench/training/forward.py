@@ -1,0 +1,388 @@
+"""The forward pass as training needs it: frozen blocks without a graph, no logits, documents apart without a mask.
+
+What lies below the first block that learns is run in the compute dtype and keeps nothing for backward; what it gives
+can be kept on disk for the next seed (see prefix_cache). On a GPU each block is compiled, and attention is told where
+documents begin. Nothing here changes what is computed beyond rounding: where an architecture does not allow a shortcut,
+which is tried once on a few tokens, the plain way is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from transformers import PreTrainedModel
+
+from kallm_bench.models.anatomy import find_blocks
+from kallm_bench.training.attention import UnsupportedError, bounds_of, packed_attention
+from kallm_bench.training.data import IGNORE, Rows
+from kallm_bench.training.loss import loss_of
+from kallm_bench.training.prefix_cache import PrefixCache
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows on the device.
+
+    Args:
+        input_ids, position_ids: (B, T).
+        bearing: (P,) which of the B·T positions bear loss; `targets` (P,), the token that comes after each.
+        bounds: where documents begin, for packed attention.
+        source, numbers: the rows these are, and the fingerprint of their Rows.
+        entering: (B, T, H), what enters the first block that learns, where it is known.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    bearing: Tensor
+    targets: Tensor
+    bounds: Mapping[str, Any]
+    source: str = ""
+    numbers: tuple[int, ...] = ()
+    entering: Tensor | None = None
+
+
+def make_batch(
+    rows: Rows, numbers: Sequence[int] | np.ndarray, device: torch.device | str = "cpu", height: int = 0
+) -> Batch:
+    """The rows of these numbers; a GPU is sent them without waiting for it.
+
+    Args:
+        height: rows of the batch, if more: the first one again, bearing no loss.
+    """
+    chosen = [int(number) for number in numbers]
+    chosen += chosen[:1] * (height - len(chosen))
+    found = rows.batch(chosen)
+    found["targets"][len(numbers) :] = IGNORE
+    batch = batch_of(found["input_ids"], found["position_ids"], found["targets"], device)
+    return dataclasses.replace(batch, source=rows.fingerprint, numbers=tuple(chosen))
+
+
+def batch_of(input_ids: Tensor, position_ids: Tensor, targets: Tensor, device: torch.device | str = "cpu") -> Batch:
+    """A batch of tensors on the CPU, each (B, T), with IGNORE for targets that bear no loss."""
+    targets = targets.flatten()
+    bearing = (targets != IGNORE).nonzero().flatten()
+    bounds = bounds_of(position_ids)
+    here = [input_ids, position_ids, bearing, targets[bearing], bounds["cu_seq_lens_q"]]
+    if torch.device(device).type == "cuda":
+        here = [each.pin_memory() for each in here]
+    ids, positions, bearing, targets, ends = (each.to(device, non_blocking=True) for each in here)
+    return Batch(ids, positions, bearing, targets, bounds | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends})
+
+
+class Forward:
+    """A model's forward pass for training, for as long as the context lasts; the model's scope is set before.
+
+    Puts the model in evaluation mode; see `train`.
+
+    Args:
+        model: what learns requires gradients, and nothing else does.
+        autocast: dtype of the products, while parameters that learn stay as they are; None computes in the model's own.
+        fast: whether to compile blocks and attend without masks; needs a GPU, and costs half a minute.
+
+    What is frozen below the first learning block is run as in evaluation, in the compute dtype, and what it gives is
+    rounded to that dtype, whether or not it is kept.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        autocast: torch.dtype | None = None,
+        fast: bool = False,
+    ) -> None:
+        self.model = model.eval()
+        self.autocast = autocast
+        self._device = model.device
+        self._dtype = autocast or next(model.parameters()).dtype
+        self._blocks = find_blocks(model)
+        self._fast = fast and model.device.type == "cuda"
+        self._packed = False
+        self.first, self._in_tuples = _place_to_split(model)
+        self._caches: dict[str, PrefixCache] = {}
+        self._frozen: list[nn.Module] = []
+        self._next: tuple[Rows, tuple[int, ...], Future[Batch]] | None = None
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Forward:
+        self._worker = self._stack.enter_context(ThreadPoolExecutor(1))
+        self._frozen = list(self._blocks[: self.first])
+        if any(value.dtype != self._dtype for block in self._frozen for value in block.parameters()):
+            self._frozen = [block.to(self._dtype) for block in copy.deepcopy(self._frozen)]
+        if self._fast:
+            self._attend_packed()
+            # what is compiled of one block is used for all that are like it, and guarded by what they are not
+            self._stack.enter_context(dynamo_config.patch(recompile_limit=64, accumulated_recompile_limit=1024))
+            for block in {id(block): block for block in (*self._frozen, *self._blocks[self.first :])}.values():
+                block.compile(dynamic=False)
+                self._stack.callback(setattr, block, "_compiled_call_impl", None)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._next = None
+        self._graphs.clear()
+        self._stack.close()
+        self._frozen = []
+        for cache in self._caches.values():
+            cache.close()
+        self._caches = {}
+
+    def keep(self, folder: Path | None, several: Iterable[Rows]) -> int:
+        """From now on keeps what enters the first learning block on disk, for these rows; returns the bytes it takes.
+
+        0, and nothing is kept, where there is no folder, nothing frozen to run, or embeddings that learn.
+
+        Raises:
+            DiskError: too little room.
+        """
+        changes = any(parameter.requires_grad for parameter in self.model.get_input_embeddings().parameters())
+        if folder is None or not self.first or changes:
+            return 0
+        for rows in several:
+            self._caches[rows.fingerprint] = PrefixCache(folder, self.model, self.first, self._dtype, rows)
+        return sum(cache.bytes for cache in self._caches.values())
+
+    def _attend_packed(self) -> None:
+        """Turns packed attention on for as long as the context lasts, if it is as near the truth as masks are."""
+        sample = _sample(self.model)
+        with torch.no_grad(), ExitStack() as trial:
+            truth = self._decode(sample)
+            with self._precision():
+                masked = self.hidden(sample)
+                try:
+                    trial.enter_context(packed_attention(self.model))
+                    self._packed = True
+                    packed = self.hidden(sample)
+                except UnsupportedError:
+                    self._packed = False
+                    return
+            self._packed = bool((packed - truth).abs().mean() <= 2 * (masked - truth).abs().mean())
+            if self._packed:
+                self._stack.push(trial.pop_all())
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None)
+
+    def settle(self) -> None:
+        """Waits until what was kept so far can be read, by this run and by others."""
+        for cache in self._caches.values():
+            cache.flush()
+
+    def train(self, mode: bool) -> None:
+        """Changes the model's mode: of what learns, and of all of it where nothing below is frozen."""
+        self.model.train(mode and not self.first)
+        for block in self._blocks[self.first :]:
+            block.train(mode)
+
+    def batch(self, rows: Rows, numbers: Sequence[int] | np.ndarray, height: int = 0) -> Batch:
+        """The rows of these numbers, from `prefetch` where that was asked for them.
+
+        Args:
+            height: rows of the batch if more, so that no other shape is compiled; the others bear no loss.
+        """
+        asked, self._next = self._next, None
+        if asked and asked[0] is rows and asked[1] == tuple(numbers):
+            return asked[2].result()
+        return self._batch(rows, tuple(numbers), height if self._fast else 0)
+
+    def prefetch(self, rows: Rows, numbers: Sequence[int] | np.ndarray) -> None:
+        """Gets a batch ready beside other work."""
+        self._next = rows, tuple(numbers), self._worker.submit(self._batch, rows, tuple(numbers))
+
+    def _batch(self, rows: Rows, numbers: tuple[int, ...], height: int = 0) -> Batch:
+        batch = make_batch(rows, numbers, self._device, height)
+        cache = self._caches.get(rows.fingerprint)
+        kept = cache.read(batch.numbers) if cache else None
+        if kept is not None:
+            batch = dataclasses.replace(batch, entering=kept.to(self._device, non_blocking=True))
+        return batch
+
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, int]:
+        """Summed cross-entropy at the positions that bear loss, and how many these are."""
+        with self._precision():
+            hidden = self.hidden(batch).flatten(0, 1).index_select(0, batch.bearing)  # (P, H)
+            return loss_of(self.model, hidden, batch.targets), len(batch.targets)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """What the decoder gives, final norm included: (B, T, H). Called where autocast is on."""
+        if not self.first:
+            return self._decode(batch)
+        with _entered(self._blocks, self.first, self.entering(batch), self._in_tuples):
+            return self._decode(batch)
+
+    @torch.no_grad()
+    def entering(self, batch: Batch) -> Tensor:
+        """What enters the first block that learns: (B, T, H), in the compute dtype."""
+        if batch.entering is not None:
+            return batch.entering
+        hidden = self._replayed(batch) if self._packed else self._frozen_part(batch)
+        if (cache := self._caches.get(batch.source)) is not None:
+            cache.write(batch.numbers, hidden)
+        return hidden
+
+    def _frozen_part(self, batch: Batch) -> Tensor:
+        casting = self._frozen[0].register_forward_pre_hook(self._cast_hidden, with_kwargs=True)
+        try:
+            with _left(self._blocks, self._frozen, self._in_tuples) as last:
+                self._decode(batch)
+        finally:
+            casting.remove()
+        return last.taken()
+
+    def _replayed(self, batch: Batch) -> Tensor:
+        """What the frozen blocks give, by a CUDA graph of that shape: hundreds of kernels for one call from Python.
+
+        The result stands until the next batch, whose backward comes after this one's.
+        """
+        shape = (*batch.input_ids.shape, len(batch.bounds["cu_seq_lens_q"]))
+        if shape not in self._graphs:
+            self._graphs[shape] = _Graph(self._frozen_part, batch)
+        return self._graphs[shape](batch)
+
+    def _cast_hidden(self, block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        """Embeddings may be in float32; between frozen blocks everything is in the compute dtype."""
+        if inputs:
+            return (inputs[0].to(self._dtype), *inputs[1:]), named
+        return inputs, named | {"hidden_states": named["hidden_states"].to(self._dtype)}
+
+    def _decode(self, batch: Batch) -> Tensor:
+        bounds = batch.bounds if self._packed else {}
+        decoder = self.model.get_decoder()
+        hidden: Tensor = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **bounds)[
+            0
+        ]
+        return hidden
+
+
+# --- entering a decoder at a block ------------------------------------------------------------------------------------
+
+
+class _Graph:
+    """A function of batches of one shape, recorded once and replayed."""
+
+    def __init__(self, function: Callable[[Batch], Tensor], sample: Batch) -> None:
+        ends = sample.bounds["cu_seq_lens_q"].clone()
+        bounds = {**sample.bounds, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        self._fed = (sample.input_ids.clone(), sample.position_ids.clone(), ends)
+        fed = dataclasses.replace(sample, input_ids=self._fed[0], position_ids=self._fed[1], bounds=bounds)
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(2):  # compiles, and lets libraries make what they keep
+                function(fed)
+        torch.cuda.current_stream().wait_stream(beside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # another thread prepares batches
+            self._given: Tensor = function(fed)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        for here, there in zip(
+            self._fed, (batch.input_ids, batch.position_ids, batch.bounds["cu_seq_lens_q"]), strict=True
+        ):
+            here.copy_(there, non_blocking=True)
+        self._graph.replay()
+        return self._given
+
+
+def first_learning(model: PreTrainedModel) -> int:
+    """The first block that learns anything; the last one where none does."""
+    blocks = find_blocks(model)
+    learns = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
+    return learns.index(True) if any(learns) else len(blocks) - 1
+
+
+class _Passing(nn.Module):
+    """Stands in a block's place and passes the hidden states on, in the form in which that block answers.
+
+    Args:
+        given: passed on in the place of what comes in.
+    """
+
+    def __init__(self, in_tuple: bool, given: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_tuple, self.given = in_tuple, given
+        self._seen: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *inputs: Any, **named: Any) -> Tensor | tuple[Tensor]:
+        self._seen = hidden_states if self.given is None else self.given
+        return (self._seen,) if self.in_tuple else self._seen
+
+    def taken(self) -> Tensor:
+        """What went through it last."""
+        assert self._seen is not None
+        return self._seen
+
+
+@contextmanager
+def _left(blocks: nn.ModuleList, frozen: Sequence[nn.Module], in_tuples: bool) -> Iterator[_Passing]:
+    """Inside, `frozen` stand for the first blocks, and nothing is done after them; yields what sees what they give."""
+    rest = [_Passing(in_tuples) for _ in range(len(blocks) - len(frozen))]
+    with _standing(blocks, [*frozen, *rest]):
+        yield rest[0]
+
+
+@contextmanager
+def _entered(blocks: nn.ModuleList, first: int, hidden: Tensor, in_tuples: bool) -> Iterator[None]:
+    """Inside, the decoder begins at block `first`, with these hidden states."""
+    below = [_Passing(in_tuples, hidden), *(_Passing(in_tuples) for _ in range(first - 1))]
+    with _standing(blocks, [*below, *blocks[first:]]):
+        yield
+
+
+@contextmanager
+def _standing(blocks: nn.ModuleList, modules: Sequence[nn.Module]) -> Iterator[None]:
+    before = list(blocks)
+    try:
+        for number, module in enumerate(modules):
+            blocks[number] = module
+        yield
+    finally:
+        for number, module in enumerate(before):
+            blocks[number] = module
+
+
+@torch.no_grad()
+def _place_to_split(model: PreTrainedModel) -> tuple[int, bool]:
+    """The first learning block, and whether blocks answer in tuples; 0 where a decoder cannot be entered there.
+
+    Some hand more from block to block than hidden states. They fail here, or come to something else.
+    """
+    first, blocks, decoder = first_learning(model), find_blocks(model), model.get_decoder()
+    sample = _sample(model)
+
+    def decode() -> Tensor:
+        hidden: Tensor = decoder(input_ids=sample.input_ids, position_ids=sample.position_ids, use_cache=False)[0]
+        return hidden
+
+    answers: list[Any] = []
+    listening = blocks[0].register_forward_hook(lambda module, inputs, output: answers.append(output))
+    whole = decode()
+    listening.remove()
+    in_tuples = isinstance(answers[0], tuple)
+    if not first or (in_tuples and len(answers[0]) > 1):
+        return 0, in_tuples
+    try:
+        with _left(blocks, list(blocks[:first]), in_tuples) as last:
+            decode()
+        with _entered(blocks, first, last.taken(), in_tuples):
+            parted = decode()
+    except Exception:  # whatever another architecture does with what is not there
+        return 0, in_tuples
+    return (first if torch.equal(parted, whole) else 0), in_tuples
+
+
+def _sample(model: PreTrainedModel) -> Batch:
+    """Two documents of 32 tokens in a row."""
+    ids = torch.arange(64)[None] * 7 % model.get_input_embeddings().num_embeddings
+    return batch_of(ids, torch.arange(32).repeat(2)[None], ids, model.device)

@@ -1,0 +1,145 @@
+"""What frozen blocks give for packed rows, on disk: computed once, for every arm and seed that begins with them.
+
+A file holds (N, T, H) values, row after row, and grows as rows are met; another says which are there. Values are
+written before they are said to be there, so a run that is killed loses what it computed last and nothing else. Values
+are in the compute dtype, which is what the learning blocks are given in any case, so a run with the cache and one
+without see the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kallm_bench.files import DiskError, check_room, explained, write_file
+from kallm_bench.models.anatomy import find_blocks
+from kallm_bench.training.data import Rows
+
+WAITING = 4
+"""Batches on their way to the disk at one time."""
+
+
+def prefix_fingerprint(model: PreTrainedModel, first: int) -> str:
+    """sha256 over everything that decides what enters block `first`: configuration, and values outside later blocks."""
+    digest = hashlib.sha256(model.config.get_text_config(decoder=True).to_json_string().encode())
+    later = {id(each) for block in find_blocks(model)[first:] for each in block.parameters()}
+    for name, value in model.get_decoder().named_parameters():
+        if id(value) not in later:
+            digest.update(name.encode())
+            digest.update(value.detach().contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+class PrefixCache:
+    """The hidden states that enter a block, for the rows of one data set.
+
+    Args:
+        folder: where caches are kept.
+        model, first, dtype: whose, before which block, in which dtype; its weights are read through once.
+        rows: of which data.
+
+    Raises:
+        DiskError: too little room for all rows.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel, first: int, dtype: torch.dtype, rows: Rows) -> None:
+        width = model.config.get_text_config(decoder=True).hidden_size
+        parts = [prefix_fingerprint(model, first), rows.fingerprint, str(first), str(dtype), "prefix-1"]
+        self.folder = folder / "prefix" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+        self.rows = rows.fingerprint
+        self.bytes = size_of(rows, width, dtype)
+        self._shape, self._dtype = (rows.tokens.shape[1], width), dtype
+        self._row_bytes = self.bytes // len(rows)
+        self._pinned = model.device.type == "cuda"
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.folder / "hidden.bin", os.O_RDWR | os.O_CREAT, 0o644)
+        self._there = self._load(len(rows))
+        check_room(self.folder, int((~self._there).sum()) * self._row_bytes)
+        self._fresh: list[int] = []
+        self._worker = ThreadPoolExecutor(1)
+        self._writing: list[Future[None]] = []
+
+    @property
+    def share(self) -> float:
+        """How much of it is there."""
+        return float(self._there.mean())
+
+    def read(self, numbers: Sequence[int]) -> Tensor | None:
+        """(B, T, H) of these rows, ready to be sent to a GPU; None where one is not there."""
+        if not self._there[list(numbers)].all():
+            return None
+        hidden = torch.empty((len(numbers), *self._shape), dtype=self._dtype, pin_memory=self._pinned)
+        for row, number in zip(hidden.view(torch.uint8).numpy().reshape(len(numbers), -1), numbers, strict=True):
+            if os.preadv(self._file, [row.data], number * self._row_bytes) < self._row_bytes:
+                return None
+        return hidden
+
+    def write(self, numbers: Sequence[int], hidden: Tensor) -> None:
+        """Takes (B, T, H) of these rows, and writes them beside other work.
+
+        Raises:
+            DiskError: an earlier batch could not be written.
+        """
+        here = torch.empty(hidden.shape, dtype=self._dtype, pin_memory=self._pinned)
+        here.copy_(hidden, non_blocking=True)
+        done = torch.cuda.current_stream(hidden.device).record_event() if hidden.is_cuda else None
+        while len(self._writing) >= WAITING:
+            self._writing.pop(0).result()
+        self._writing.append(self._worker.submit(self._put, tuple(numbers), here, done))
+
+    def _put(self, numbers: tuple[int, ...], hidden: Tensor, done: torch.cuda.Event | None) -> None:
+        if done:
+            done.synchronize()
+        with explained(self.folder):
+            for row, number in zip(hidden.view(torch.uint8).numpy().reshape(len(numbers), -1), numbers, strict=True):
+                if os.pwrite(self._file, row.data, number * self._row_bytes) < self._row_bytes:
+                    raise DiskError(f"{self.folder}: the disk took less than a row")
+        self._fresh.extend(numbers)
+
+    def flush(self) -> None:
+        """Waits for what is being written, and says that it is there.
+
+        Raises:
+            DiskError: it could not be written.
+        """
+        while self._writing:
+            self._writing.pop(0).result()
+        if not self._fresh:
+            return
+        with explained(self.folder):
+            os.fsync(self._file)
+        self._there |= self._load(len(self._there))  # of other processes
+        self._there[self._fresh] = True
+        self._fresh = []
+        write_file(self.folder / "there.bin", np.packbits(self._there).tobytes())
+
+    def close(self) -> None:
+        """Flushes, and lets the file go."""
+        try:
+            self.flush()
+        finally:
+            self._worker.shutdown()
+            os.close(self._file)
+
+    def _load(self, rows: int) -> np.ndarray:
+        try:
+            packed = np.frombuffer((self.folder / "there.bin").read_bytes(), dtype=np.uint8)
+        except OSError:
+            return np.zeros(rows, dtype=bool)
+        if len(packed) != -(-rows // 8):
+            return np.zeros(rows, dtype=bool)
+        return np.unpackbits(packed)[:rows].astype(bool)
+
+
+def size_of(rows: Rows, width: int, dtype: torch.dtype) -> int:
+    """Bytes that the cache of all rows takes."""
+    return len(rows) * rows.tokens.shape[1] * width * dtype.itemsize
