@@ -181,10 +181,12 @@ def test_every_conversation_is_trained_on_or_held_out_and_none_is_both(bundled_t
 
 
 def test_a_call_of_a_tool_is_learned_and_its_answer_is_not(bundled_tokenizer: Any, tmp_path: Path) -> None:
-    source = write_chat(tmp_path / "chat.parquet", [CALLING, CHAT[0]])
+    numbered = [{**CALLING[1], "tool_calls": [{**CALL, "id": "1"}]}, CALLING[2]]
+    source = write_chat(tmp_path / "chat.parquet", [CALLING, CHAT[0], [CALLING[0], *numbered]])
     tokenizer = with_template(bundled_tokenizer, CALLS_SHOWN)
-    called, plain = find_data(source).read()
+    called, plain, _ = find_data(source).read()
     assert "tool_calls" not in plain.messages[1]  # empty in the table, because others have some
+    assert called.messages[1]["tool_calls"] == [CALL]  # and here the id
     text, spans = Template(tokenizer).spans(called.messages, [TOOL])
     assert "Adds." in text
     assert learned(text, spans) == ['<call>add {"a": 2, "b": 2}</call><|im_end|>', "It is 4.<|im_end|>"]
@@ -323,7 +325,8 @@ def test_a_table_without_messages_names_its_columns(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "both text"),
         ({"messages": CALLING, "tools": "{oops"}, "'tools': not JSON"),
         ({"messages": CALLING, "tools": [1]}, "must be a list of JSON schemas"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": ["\ud83d"]}]}, "half a character"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": ["add"]}]}, "'tool_calls' must be a list of"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "\ud83d"}]}]}, "half a character"),
     ],
 )
 @pytest.mark.parametrize(("name", "place"), [("a.jsonl", "line 2"), ("list.json", "entry 2")])

@@ -261,9 +261,21 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     for name in BESIDE.get(role, ()):
         if message.get(name):
             checked[name] = _filled(message[name])
+            if name == "tool_calls" and not _are_calls(checked[name]):
+                raise DataError(
+                    f'{where}: \'tool_calls\' must be a list of {{"function": {{"name": ..., "arguments": ...}}}}, got '
+                    f"{str(message[name])[:80]}"
+                )
             if not _is_unicode(json.dumps(checked[name], ensure_ascii=False, default=str)):
                 raise DataError(f"{where}: half a character, as '\\ud83d' alone is, in '{name}'")
     return checked
+
+
+def _are_calls(calls: Any) -> bool:
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return False
+    functions = [call.get("function", call) for call in calls]
+    return all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions)
 
 
 def _text(message: dict[str, Any]) -> str | None:

@@ -142,7 +142,7 @@ class Template:
         for number, message in enumerate(messages):
             missing = f"message {number + 1}, of role '{message['role']}'" if marks.get(number, "") not in text else ""
             for call in message.get("tool_calls", ()):
-                name = str(call.get("function", call).get("name", ""))
+                name = call.get("function", call)["name"]
                 if name not in text:
                     missing = f"the call of the tool '{name}' in message {number + 1}"
             if missing:
