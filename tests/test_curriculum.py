@@ -241,6 +241,24 @@ def test_a_mix_is_the_sum_of_its_shares(tiny_llama: Any) -> None:
         assert mlp(x).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_a_mix_takes_a_layer_at_its_degree(tiny_llama: Any) -> None:
+    """Also where the new module is that layer itself."""
+    base = tiny_llama(vocab_size=97)
+    model, x = retrofitted(base, "3", target="linears", degree=4), normal(5, 32).float()
+    layer, old = model.model.layers[3].mlp.up_proj, base.model.layers[3].mlp.up_proj(x)
+    whole = layer(x)
+    settings = CurriculumSettings(start_degree=1, anneal="linear", anneal_over=0.3)
+    curriculum = Curriculum(model, settings, 10, base)
+    curriculum.set(0)
+    torch.testing.assert_close(layer(x), 0.25 * layer.by_lower(layer.basis.of_degree(1), x) + 0.75 * old)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * 2 * 5 * 32 * 64  # one function an edge, and the original's one matrix
+    curriculum.finish()
+    assert not torch.allclose(layer(x), whole)
+
+
 def test_originals_do_not_learn_are_called_while_they_have_a_share_and_then_go(tiny_llama: Any) -> None:
     base = tiny_llama(vocab_size=97)
     model, calls = retrofitted(base), [0, 0]
@@ -254,6 +272,7 @@ def test_originals_do_not_learn_are_called_while_they_have_a_share_and_then_go(t
     )
     train(model, curriculum, adam(model), range(STEPS))
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert all(parameter.grad is None for parameter in base.parameters())
     assert calls == [6, 3]  # block 2 has its turn at step 3, block 3 at once
     gone = weakref.ref(base.model.layers[3].mlp.gate_proj)
     curriculum.finish()
