@@ -400,6 +400,13 @@ def test_what_a_model_cannot_do_is_refused_and_leaves_it_as_it_was(
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_feed_forward_that_is_given_more_than_hidden_states_is_refused() -> None:
+    base = make("moshi", 2)
+    with pytest.raises(TrainingError, match="block 1: its own feed-forward is given more than hidden states"):
+        Curriculum(retrofitted(base, "1", hidden=8), CurriculumSettings(stages="forwards"), STEPS, base)
+
+
 def test_another_base_is_refused(tiny_llama: Any) -> None:
     model, staged = retrofitted(tiny_llama(vocab_size=97)), CurriculumSettings(stages="forwards")
     with pytest.raises(SpecError, match="of another size"):
