@@ -69,6 +69,22 @@ class KANLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return kan_linear(self._scaled(x), self.coefficients, self.basis, self.bias, self.linear)
 
+    def by_lower(self, basis: Basis, x: Tensor) -> Tensor:
+        """forward(x) as if the coefficients above a degree were zero, at that degree's cost.
+
+        Args:
+            basis: this layer's own at the lower degree, from Basis.of_degree.
+            x: (..., I) -> (..., O).
+        """
+        return kan_linear(
+            self._scaled(x), self.coefficients[:, : self._functions(basis)], basis, self.bias, self.linear
+        )
+
+    @torch.no_grad()
+    def zero_above(self, basis: Basis) -> None:
+        """Sets to zero the coefficients that `by_lower` leaves out."""
+        self.coefficients[:, self._functions(basis) :].zero_()
+
     @property
     def weight(self) -> Tensor:
         """The coefficients, for code around a linear layer that asks for its weight, or for the dtype of that."""
@@ -133,6 +149,10 @@ class KANLinear(nn.Module):
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.scale is None else x * self.scale.to(x.dtype)
+
+    def _functions(self, basis: Basis) -> int:
+        """How many of the coefficients a lower degree has."""
+        return self.coefficients.shape[1] - (self.basis.size - basis.size)
 
     def _constant_value(self) -> float:
         """B_0, for a basis that has a constant function."""
@@ -241,6 +261,17 @@ class GroupFunction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return group_function(x, self.basis, self.coefficients)
+
+    def by_lower(self, basis: Basis, x: Tensor) -> Tensor:
+        """See KANLinear; (..., features) -> the same."""
+        assert self.coefficients is not None  # a basis that is learned by itself has no degrees
+        return group_function(x, basis, self.coefficients[:, : basis.size])
+
+    @torch.no_grad()
+    def zero_above(self, basis: Basis) -> None:
+        """See KANLinear."""
+        assert self.coefficients is not None
+        self.coefficients[:, basis.size :].zero_()
 
     def of_squashed(self, x: Tensor) -> Tensor:
         """The functions of what the squash gives, (..., features) -> the same."""

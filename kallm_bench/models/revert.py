@@ -12,6 +12,7 @@ from kallm_bench.errors import SpecError
 from kallm_bench.models.anatomy import Anatomy
 from kallm_bench.models.modeling import original_class, specs_of
 from kallm_bench.models.replacement import winning_sites, winning_specs
+from kallm_bench.models.sites import Site
 from kallm_bench.models.spec import KANSpec, read_blocks
 
 
@@ -52,6 +53,19 @@ def revert(model: PreTrainedModel, base: PreTrainedModel, blocks: str | Sequence
             retrofit of its own there.
     """
     chosen, specs = blocks_to_revert(model.config, blocks), specs_of(model.config)
+    for path in (path for site in sites_from(base, model, chosen) for path in site.paths):
+        device = next((parameter.device for parameter in model.get_submodule(path).parameters()), model.device)
+        model.set_submodule(path, base.get_submodule(path).to(device, model.dtype).train(model.training))
+    left = [_without(spec, chosen) for spec in specs]
+    model.config.kallm = [spec.to_json() for spec in left if spec.blocks]
+    if not model.config.kallm:
+        del model.config.kallm
+        model.__class__ = original_class(model)
+    return chosen
+
+
+def sites_from(base: PreTrainedModel, model: PreTrainedModel, chosen: Sequence[int]) -> list[Site]:
+    """The sites that retrofits filled in some blocks of `model`, if `base` holds what stood there before. SpecError."""
     own, other = original_class(model), original_class(base)
     if own is not other:
         raise SpecError(f"the base is a {other.__name__} and this model a {own.__name__}; pass what it was made from")
@@ -59,20 +73,11 @@ def revert(model: PreTrainedModel, base: PreTrainedModel, blocks: str | Sequence
     if held:
         raise SpecError(f"the base was retrofitted in blocks {held} itself; pass what it was made from")
     anatomy = Anatomy.of(model.config, own)
-    paths = [path for site, _ in winning_sites(anatomy, specs) if site.block in chosen for path in site.paths]
-    for path in paths:
+    sites = [site for site, _ in winning_sites(anatomy, specs_of(model.config)) if site.block in chosen]
+    for path in (path for site in sites for path in site.paths):
         if _shapes(base.get_submodule(path)) != _shapes(anatomy.model.get_submodule(path)):
             raise SpecError(f"the base's {path} is of another size than this model's was; pass what it was made from")
-
-    for path in paths:
-        device = next((parameter.device for parameter in model.get_submodule(path).parameters()), model.device)
-        model.set_submodule(path, base.get_submodule(path).to(device, model.dtype).train(model.training))
-    left = [_without(spec, chosen) for spec in specs]
-    model.config.kallm = [spec.to_json() for spec in left if spec.blocks]
-    if not model.config.kallm:
-        del model.config.kallm
-        model.__class__ = own
-    return chosen
+    return sites
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

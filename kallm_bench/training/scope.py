@@ -47,7 +47,7 @@ def parameters_in(model: PreTrainedModel, scope: str, tail_from: int | None = No
     if scope == "replaced":
         modules: list[nn.Module] = list(replaced.values())
     else:
-        modules = [*blocks[tail_from:], *_after_blocks(model)]
+        modules = [*blocks[tail_from:], *after_blocks(model)]
         if scope == "tail+head":
             modules.append(model.get_output_embeddings())
     return list({id(parameter): parameter for module in modules for parameter in module.parameters()}.values())
@@ -72,7 +72,7 @@ def _detach(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Te
     return output.detach()
 
 
-def _after_blocks(model: PreTrainedModel) -> list[nn.Module]:
+def after_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """What a decoder applies after its last block: the norms beside its list of blocks."""
     blocks = find_blocks(model)
     decoder = next(module for module in model.modules() if any(child is blocks for child in module.children()))

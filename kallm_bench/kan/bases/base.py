@@ -82,6 +82,15 @@ class Basis(nn.Module):
         """
         return self
 
+    def of_degree(self, degree: int) -> Self:
+        """This family at a degree no higher than its own, where its functions are the first degree + 1 of these.
+
+        Raises:
+            SpecError: a degree out of range; a family without degrees, or with other functions at each.
+        """
+        why = "its functions at a lower degree are others" if "degree" in self.arguments() else "it has no degree"
+        raise SpecError(f"the degree of basis '{self.name}' cannot rise: {why}; take a family of polynomials")
+
     def reset_parameters(self) -> None:
         """Gives the learned parameters, where a family has some, the values they start from."""
 

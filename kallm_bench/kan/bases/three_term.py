@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import copy
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -48,6 +49,11 @@ class ThreeTerm(Basis):
     def step(self, n: int) -> tuple[float, float, float]:
         """(A_n, B_n, C_n) for n ≥ 0; C_0 is not used."""
         raise NotImplementedError(f"{type(self).__name__} must define step")  # abstract
+
+    def of_degree(self, degree: int) -> Self:
+        lower = copy.copy(self)
+        lower.size = 1 + whole(self.name, "degree", degree, 1, self.size - 1)
+        return lower
 
     def forward(self, x: Tensor) -> Tensor:
         before, terms = torch.zeros_like(x), [torch.full_like(x, self.first)]
