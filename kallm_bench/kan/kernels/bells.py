@@ -8,8 +8,8 @@ On a uniform grid of steps h a B-spline of order p is a sum of truncated powers 
 
     B(d) = 1/p! Σ_j (-1)^j C(p+1, j) max((p+1)/2 - j - |d|, 0)^p,   d = (t - centre) / h,
 
-over the j with (p+1)/2 > j. From the nearer end there are at most three, so no digits are lost: they are lost by the
-sums that begin at one end of the bell for the other. It holds wherever t is on the grid. A Gaussian is exp(-d²).
+over the j with (p+1)/2 > j: two of them for orders 2 and 3. Higher orders take more and lose digits, so they are left
+to `local`. It holds wherever t is on the grid. A Gaussian is exp(-d²).
 
 Source: Schoenberg 1946, "Contributions to the problem of approximation of equidistant data", Quart. Appl. Math. 4.
 """
@@ -25,10 +25,12 @@ import triton.language as tl
 from kallm_bench.kan.kernels.device import INTERPRETED
 from kallm_bench.kan.kernels.families import Family
 
+ORDERS = (2, 3)
+"""Of the splines that have a bell."""
 WEIGHTS: tl.constexpr = tl.constexpr(
     tuple(
         tuple((-1) ** j * math.comb(order + 1, j) / math.factorial(order) for j in range((order + 2) // 2))
-        for order in range(6)
+        for order in range(4)
     )
 )
 """Of the truncated powers, by order and j."""
@@ -38,7 +40,7 @@ class Bell(NamedTuple):
     """Where a family's functions lie: function k at distance d = t · steps + zero - k from its centre.
 
     Args:
-        order: of a B-spline's pieces, 2 to 5; 0 for a Gaussian.
+        order: of a B-spline's pieces, 2 or 3; 0 for a Gaussian.
         steps: centres to a unit of t.
         zero: the number, maybe a half one, that a function with its centre at t = 0 would have.
     """
@@ -57,7 +59,7 @@ def bell(family: Family) -> Bell | None:
     if family.kind == "rbf":
         last = family.numbers[0] - 1
         return Bell(0, last / 4, last / 2)
-    if family.kind == "bspline" and family.numbers[1] >= 2 and family.squash == "tanh":
+    if family.kind == "bspline" and family.numbers[1] in ORDERS and family.squash == "tanh":
         grid, order = family.numbers
         return Bell(int(order), grid / 2, (grid + order - 1) / 2)
     return None
@@ -109,11 +111,10 @@ def slope_at(d, ORDER: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def squash_slope(t, SQUASH: tl.constexpr):
-    """dt/dx from t = squash(x)."""
+def through_squash(t, gradient, SQUASH: tl.constexpr):
+    """dL/dx from t = squash(x) and dL/dt."""
     if SQUASH == "tanh":
-        return 1 - t * t
+        gradient *= 1 - t * t
     elif SQUASH == "sigmoid":
-        return t * (1 - t)
-    else:
-        return tl.zeros_like(t) + 1
+        gradient *= t * (1 - t)
+    return gradient

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kallm_bench.kan.kernels import passes
-from kallm_bench.kan.kernels.bells import bell, distance, slope_at, squash_slope, value_at
+from kallm_bench.kan.kernels.bells import bell, distance, slope_at, through_squash, value_at
 from kallm_bench.kan.kernels.device import product
 from kallm_bench.kan.kernels.families import Family
 from kallm_bench.kan.kernels.fused import _parts, _settled, _tile, _tiles
@@ -69,7 +69,7 @@ def _input_gradient(x, c, dy, dx, M, I, O, K, ORDER: tl.constexpr, STEPS: tl.con
             total += gradient * slope_at(distance(t, k, STEPS, ZERO), ORDER, STEPS)
             gradient = tl.zeros((BM, BI), tl.float32)
     t = squashed(raw.to(tl.float32), SQUASH, BITS)
-    dx.store([row, i], (total * squash_slope(t, SQUASH)).to(dx.dtype))
+    dx.store([row, i], through_squash(t, total, SQUASH).to(dx.dtype))
 
 
 @triton.jit

@@ -15,10 +15,16 @@ from kallm_bench.errors import SpecError
 from kallm_bench.kan.kernels import fused, fused_local, hopper, library, passes
 from kallm_bench.kan.kernels.bells import bell
 from kallm_bench.kan.kernels.families import Family
-from kallm_bench.kan.kernels.hopper_plans import Halved, HalvedGradient, Piped, Specialised
+from kallm_bench.kan.kernels.hopper_plans import (
+    Halved,
+    HalvedGradient,
+    LocalHalved,
+    LocalHalvedGradient,
+    LocalPiped,
+    Piped,
+    Specialised,
+)
 from kallm_bench.kan.kernels.plans import (
-    KINDS,
-    LOCAL_KINDS,
     Library,
     LocalTile,
     Plan,
@@ -27,6 +33,7 @@ from kallm_bench.kan.kernels.plans import (
     can,
     choose,
     find_plan,
+    kinds_for,
 )
 
 WAYS: dict[type, ModuleType] = {
@@ -37,6 +44,9 @@ WAYS: dict[type, ModuleType] = {
     Piped: hopper,
     Library: library,
     LocalTile: fused_local,
+    LocalHalved: hopper,
+    LocalHalvedGradient: hopper,
+    LocalPiped: hopper,
 }
 """The module that follows each kind of plan. Each has the functions of the operations there are such plans for."""
 
@@ -158,8 +168,8 @@ def _prepared(
 def _plan(operation: str, name: str, family: Family, rows: Tensor, outputs: int, tensors: tuple[Tensor, ...]) -> Plan:
     """The plan that is named, or the one chosen. SpecError for one that cannot be."""
     kinds: tuple[type, ...] = (Library,)
-    if fused.reachable(*tensors):
-        kinds = KINDS if family.kind == "polynomial" else LOCAL_KINDS if bell(family) else kinds
+    if fused.reachable(*tensors) and (family.kind == "polynomial" or bell(family)):
+        kinds = kinds_for(family.kind)
         if rows.device.type != "cuda":  # the interpreter knows no Gluon
             kinds = tuple(kind for kind in kinds if kind in (Library, Tile, LocalTile))
     if not name:

@@ -23,9 +23,15 @@ from kallm_bench.files import cache_folder, write_file
 from kallm_bench.kan.kernels.hopper_plans import (
     HALVED,
     HALVED_GRADIENTS,
+    LOCAL_HALVED,
+    LOCAL_HALVED_GRADIENTS,
+    LOCAL_PIPED,
     SPECIALISED,
     Halved,
     HalvedGradient,
+    LocalHalved,
+    LocalHalvedGradient,
+    LocalPiped,
     Piped,
     Specialised,
 )
@@ -79,10 +85,11 @@ class LocalTile:
     warps: int
 
 
-Plan = Tile | Library | Specialised | Halved | HalvedGradient | Piped | LocalTile
+Local = LocalTile | LocalHalved | LocalHalvedGradient | LocalPiped
+Plan = Tile | Library | Specialised | Halved | HalvedGradient | Piped | Local
 KINDS: tuple[type, ...] = (Tile, Library, Specialised, Halved, HalvedGradient, Piped)
 """Those for polynomials."""
-LOCAL_KINDS: tuple[type, ...] = (Library, LocalTile)
+LOCAL_KINDS: tuple[type, ...] = (Library, LocalTile, LocalHalved, LocalHalvedGradient, LocalPiped)
 """Those for B-splines and Gaussians."""
 
 PLANS: dict[str, dict[str, Plan]] = {
@@ -136,6 +143,9 @@ PLANS["coefficient_gradient"].update(
 )
 PLANS["forward"].update(HALVED)
 PLANS["coefficient_gradient"].update(HALVED_GRADIENTS)
+PLANS["forward"].update(LOCAL_HALVED)
+PLANS["coefficient_gradient"].update(LOCAL_HALVED_GRADIENTS)
+PLANS["input_gradient"].update(LOCAL_PIPED)
 for _operation, _plans in PLANS.items():
     _plans.update(SPECIALISED.get(_operation, {}))
     _plans.update({f"library-{mib}": Library(mib * 2**20) for mib in (16, 32, 48)})
@@ -170,7 +180,12 @@ def find_plan(operation: str, name: str) -> Plan:
 
 def can(plan: Plan, degrees: int, kinds: tuple[type, ...]) -> bool:
     """Whether a plan is of one of these kinds, and has room for so many degrees."""
-    return isinstance(plan, kinds) and (isinstance(plan, Library | LocalTile) or degrees <= plan.degrees)
+    return isinstance(plan, kinds) and (isinstance(plan, Library | Local) or degrees <= plan.degrees)
+
+
+def kinds_for(kind: str) -> tuple[type, ...]:
+    """The kinds of plans that there are for functions of this kind."""
+    return KINDS if kind == "polynomial" else LOCAL_KINDS
 
 
 def choose(operation: str, problem: Problem, device: torch.device, kinds: tuple[type, ...]) -> Plan:
@@ -188,7 +203,7 @@ def _chosen(operation: str, problem: Problem, gpu: str, kinds: tuple[type, ...])
     entries = [entry for entry in measured() if entry["operation"] == operation]
 
     def apart(entry: dict[str, Any]) -> tuple[bool, bool, float]:
-        return entry.get("kind", "polynomial") != problem.kind, entry["gpu"] != gpu, _distance(entry, problem)
+        return entry["kind"] != problem.kind, entry["gpu"] != gpu, _distance(entry, problem)
 
     for entry in sorted(entries, key=apart):
         times = {
@@ -208,20 +223,19 @@ def _distance(entry: dict[str, Any], problem: Problem) -> float:
 
 @functools.cache
 def measured() -> tuple[dict[str, Any], ...]:
-    """What won where, {gpu, operation, plan, rows, inputs, outputs, degrees, microseconds} each, the user's own first.
+    """What won where, {gpu, operation, kind, plan, rows, inputs, outputs, degrees, microseconds} each, the user's
+    own first.
 
-    The microseconds are those of all plans that were tried. Of functions that are no polynomials there is a kind, too.
+    The microseconds are those of all plans that were tried.
     """
     return tuple(entry for path in (_own_file(), SHIPPED) for entry in _read(path))
 
 
 def remember(gpu: str, operation: str, problem: Problem, plan: str, seconds: dict[str, float]) -> None:
     """Keeps a measurement, and the times it rests on, in the user's own file, in place of one of the same size."""
-    same = {"gpu": gpu, "operation": operation, **problem.sizes}
-    if problem.kind != "polynomial":
-        same["kind"] = problem.kind
+    same = {"gpu": gpu, "operation": operation, "kind": problem.kind, **problem.sizes}
     new = {**same, "plan": plan, "microseconds": {name: round(each * 1e6, 1) for name, each in seconds.items()}}
-    others = [entry for entry in _read(_own_file()) if {**entry, "plan": "", "microseconds": {}} != {**same, "plan": "", "microseconds": {}}]
+    others = [entry for entry in _read(_own_file()) if {name: entry.get(name) for name in same} != same]
     _own_file().parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(json.dumps(entry) for entry in [*others, new])
     write_file(_own_file(), f"[\n{text}\n]\n".encode())
@@ -244,6 +258,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             entry["gpu"] and entry["microseconds"] and min(entry[size] for size in sizes) > 0 for entry in entries
         ):
             raise ValueError("an entry is not complete")
-        return [entry for entry in entries if entry["plan"] in PLANS.get(entry["operation"], {})]
+        known = [entry for entry in entries if entry["plan"] in PLANS.get(entry["operation"], {})]
+        return [{"kind": "polynomial", **entry} for entry in known]  # as all were, when none was said
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeviceError(f"{path} is damaged ({error}); delete it, and tune again if you did") from error
