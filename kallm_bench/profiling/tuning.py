@@ -1,4 +1,4 @@
-"""Which plan is fastest for each product of a layer with a function on every edge, by measuring all of them at one size."""
+"""Which plan is fastest for each product of a layer with a function on every edge: all are measured at one size."""
 
 from __future__ import annotations
 

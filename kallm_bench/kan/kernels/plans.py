@@ -120,25 +120,19 @@ PLANS: dict[str, dict[str, Plan]] = {
 PLANS["forward"].update(
     {
         "local-64x128x64": LocalTile(64, 64, 128, 3, 4),
-        "local-64x256x32": LocalTile(64, 32, 256, 4, 4),
-        "local-128x128x64": LocalTile(128, 64, 128, 3, 8),
         "local-128x256x64": LocalTile(128, 64, 256, 3, 8),
     }
 )
 PLANS["input_gradient"].update(
     {
-        "local-64x128x64": LocalTile(64, 128, 64, 3, 4),
         "local-128x64x64": LocalTile(128, 64, 64, 3, 4),
         "local-128x128x64": LocalTile(128, 128, 64, 3, 8),
-        "local-128x128x128": LocalTile(128, 128, 128, 2, 8),
     }
 )
 PLANS["coefficient_gradient"].update(
     {
-        "local-64x64x128": LocalTile(64, 64, 128, 3, 4),
         "local-64x64x256": LocalTile(64, 64, 256, 3, 4),
         "local-64x128x128": LocalTile(64, 128, 128, 3, 8),
-        "local-64x128x256": LocalTile(64, 128, 256, 3, 8),
     }
 )
 PLANS["forward"].update(HALVED)
