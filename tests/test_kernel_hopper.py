@@ -14,7 +14,7 @@ from test_kernel_layer import make_inputs, output_and_gradients
 from torch import Tensor
 
 from kallm_bench.kan import ops
-from kallm_bench.kan.kernels import hopper
+from kallm_bench.kan.kernels import hopper, layer
 from kallm_bench.kan.kernels.families import Family
 from kallm_bench.kan.kernels.hopper_plans import (
     HALVED,
@@ -74,6 +74,21 @@ def run(operation: str, plan: Any, basis: Any, x: Tensor, c: Tensor, bias: Tenso
     return out
 
 
+def run_local(operation: str, plan: str, basis: Any, x: Tensor, c: Tensor, bias: Tensor, dy: Tensor) -> Tensor:
+    """As `run`, with the norm that Gaussians need before."""
+    found = ops._family(basis)
+    assert found
+    with poisoned():
+        if operation == "forward":
+            out: Tensor = layer.edge_functions(x, c, bias, *found, basis.squash, plan)
+        elif operation == "input_gradient":
+            out = layer.input_gradient(dy, x, c, *found, basis.squash, plan)
+        else:
+            out = layer.coefficient_gradient(dy, x, *found, basis.squash, plan)
+        torch.cuda.synchronize()
+    return out
+
+
 def assert_as_accurate(operation: str, out: Tensor, inputs: list[Any], dtype: torch.dtype) -> None:
     what = {"forward": "y", "input_gradient": "dx", "coefficient_gradient": "dc"}[operation]
     truth, reference = (
@@ -108,7 +123,7 @@ def test_every_plan_is_as_accurate_as_the_reference_and_the_same_bits_each_time(
 @pytest.mark.parametrize("processors", [3, 132])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["bspline", "bspline:grid=50", "bspline:grid=1,order=2", "rbf:centers=2"])
+@pytest.mark.parametrize("name", ["bspline", "bspline:grid=1,order=2", "rbf:centers=2"])
 @pytest.mark.parametrize(("operation", "plan"), LOCAL_NAMED)
 def test_local_functions_are_as_accurate_as_the_reference_and_the_same_bits_each_time(
     operation: str,
@@ -122,7 +137,7 @@ def test_local_functions_are_as_accurate_as_the_reference_and_the_same_bits_each
     """Of 520 outputs dy does not stay in shared memory all at once."""
     monkeypatch.setattr(hopper, "_processors", lambda device: processors)
     inputs = make_inputs(name, shape, dtype)
-    outs = [run(operation, LOCAL[operation][plan], *inputs) for _ in range(REPEATS)]
+    outs = [run_local(operation, plan, *inputs) for _ in range(REPEATS)]
     assert_as_accurate(operation, outs[0], inputs, dtype)
     assert all(torch.equal(out, outs[0]) for out in outs)
 
