@@ -14,14 +14,20 @@ from test_kernel_layer import make_inputs, output_and_gradients
 from torch import Tensor
 
 from kallm_bench.kan import ops
-from kallm_bench.kan.kernels import hopper
+from kallm_bench.kan.kernels import hopper, layer
 from kallm_bench.kan.kernels.families import Family
 from kallm_bench.kan.kernels.hopper_plans import (
     HALVED,
     HALVED_GRADIENTS,
+    LOCAL_HALVED,
+    LOCAL_HALVED_GRADIENTS,
+    LOCAL_PIPED,
     SPECIALISED,
     Halved,
     HalvedGradient,
+    LocalHalved,
+    LocalHalvedGradient,
+    LocalPiped,
     Specialised,
 )
 
@@ -36,6 +42,12 @@ PLANS: dict[str, dict[str, Specialised | Halved | HalvedGradient]] = {
 }
 EACH = [(operation, name) for operation, plans in PLANS.items() for name in plans]
 NAMED = [(*each, degree) for each in EACH for degree in range(1, PLANS[each[0]][each[1]].degrees + 1)]
+LOCAL: dict[str, dict[str, LocalHalved | LocalHalvedGradient | LocalPiped]] = {
+    "forward": {**LOCAL_HALVED},
+    "input_gradient": {**LOCAL_PIPED},
+    "coefficient_gradient": {**LOCAL_HALVED_GRADIENTS},
+}
+LOCAL_NAMED = [(operation, name) for operation, plans in LOCAL.items() for name in plans]
 
 
 def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
@@ -45,22 +57,40 @@ def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def run(operation: str, plan: Any, basis: Any, x: Tensor, c: Tensor, bias: Tensor | None, dy: Tensor) -> Tensor:
-    """y, or dc, in memory that was not cleared."""
+    """y, dx or dc, in memory that was not cleared."""
     found = ops._family(basis)
     assert found
     family = Family(found[0], tuple(found[1]), basis.squash)
     with poisoned():
-        out = torch.empty_like(dy if operation == "forward" else c, memory_format=torch.contiguous_format)
+        like = {"forward": dy, "input_gradient": x, "coefficient_gradient": c}[operation]
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
         if operation == "forward":
             hopper.forward(x, c, bias, out, family, plan)
+        elif operation == "input_gradient":
+            hopper.input_gradient(x, c, dy, out, family, plan)
         else:
             hopper.coefficient_gradient(x, dy, out, family, plan)
         torch.cuda.synchronize()
     return out
 
 
+def run_local(operation: str, plan: str, basis: Any, x: Tensor, c: Tensor, bias: Tensor, dy: Tensor) -> Tensor:
+    """As `run`, with the norm that Gaussians need before."""
+    found = ops._family(basis)
+    assert found
+    with poisoned():
+        if operation == "forward":
+            out: Tensor = layer.edge_functions(x, c, bias, *found, basis.squash, plan)
+        elif operation == "input_gradient":
+            out = layer.input_gradient(dy, x, c, *found, basis.squash, plan)
+        else:
+            out = layer.coefficient_gradient(dy, x, *found, basis.squash, plan)
+        torch.cuda.synchronize()
+    return out
+
+
 def assert_as_accurate(operation: str, out: Tensor, inputs: list[Any], dtype: torch.dtype) -> None:
-    what = "y" if operation == "forward" else "dc"
+    what = {"forward": "y", "input_gradient": "dx", "coefficient_gradient": "dc"}[operation]
     truth, reference = (
         {what: output_and_gradients("reference", kind, *inputs)[what]} for kind in (torch.float64, dtype)
     )
@@ -90,6 +120,29 @@ def test_every_plan_is_as_accurate_as_the_reference_and_the_same_bits_each_time(
 
 
 @on_hopper
+@pytest.mark.parametrize("processors", [3, 132])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["bspline", "bspline:grid=1,order=2", "rbf:centers=2"])
+@pytest.mark.parametrize(("operation", "plan"), LOCAL_NAMED)
+def test_local_functions_are_as_accurate_as_the_reference_and_the_same_bits_each_time(
+    operation: str,
+    plan: str,
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    processors: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 520 outputs dy does not stay in shared memory all at once."""
+    monkeypatch.setattr(hopper, "_processors", lambda device: processors)
+    inputs = make_inputs(name, shape, dtype)
+    outs = [run_local(operation, plan, *inputs) for _ in range(REPEATS)]
+    assert_as_accurate(operation, outs[0], inputs, dtype)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@on_hopper
 @pytest.mark.parametrize("family", ["charlier", "laguerre", "lucas"])  # with a sigmoid; with B; with P_0 = 2
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("operation", "name"), EACH)
@@ -100,11 +153,14 @@ def test_every_family(operation: str, name: str, dtype: torch.dtype, family: str
 
 
 @on_hopper
-@pytest.mark.parametrize(("operation", "name"), EACH)
+@pytest.mark.parametrize(("operation", "name"), [*EACH, *LOCAL_NAMED])
 def test_what_lies_around_is_not_read(operation: str, name: str) -> None:
     """x, dy and the coefficients as parts of larger tensors, full of NaN elsewhere; and no bias."""
-    plan, dtype = PLANS[operation][name], torch.bfloat16
-    basis, x, c, bias, dy = make_inputs("cheby2", (136, 80, 200), dtype, min(2, plan.degrees))
+    dtype, plan = torch.bfloat16, {**LOCAL[operation], **PLANS.get(operation, {})}[name]
+    if isinstance(plan, LocalHalved | LocalHalvedGradient | LocalPiped):
+        basis, x, c, bias, dy = make_inputs("bspline", (136, 80, 200), dtype)
+    else:
+        basis, x, c, bias, dy = make_inputs("cheby2", (136, 80, 200), dtype, min(2, plan.degrees))
 
     def within(tensor: Tensor, *more: int) -> Tensor:
         """The same values, at the end of the first dimension and at the start of the last."""
@@ -144,6 +200,28 @@ def test_every_plan_fits(operation: str, name: str, degree: int) -> None:
     registers = 65_536 // (32 * (8 + plan.expanders)) // 8 * 8  # of each thread, before any are given away
     multiplying = ((8 + plan.expanders) * registers - plan.expanders * plan.registers) // 8
     assert sums // 256 + 24 <= multiplying // 8 * 8
+
+
+@pytest.mark.parametrize(("operation", "name"), LOCAL_NAMED)
+def test_every_local_plan_fits(operation: str, name: str) -> None:
+    plan = LOCAL[operation][name]
+    if isinstance(plan, LocalHalved):
+        width, values = sum(plan.outputs), plan.rows * plan.inputs // 256  # a thread's, of a step
+        elements = (2 * plan.rows + plan.stages * width) * plan.inputs + plan.pieces * plan.rows * hopper.SMALL_PIECE
+        registers = plan.rows * width // 256 + values + 2 * values // 2  # sums, places on the grid, features twice
+        assert plan.rows % 128 == 0
+        assert all(outputs % hopper.SMALL_PIECE == 0 for outputs in plan.outputs)
+    elif isinstance(plan, LocalHalvedGradient):
+        width, values = sum(plan.outputs), plan.rows * 64 // 128
+        elements = plan.stages * plan.rows * (64 + width)
+        registers = width // 2 + 2 * values // 2
+    else:
+        inputs = plan.pieces * 64
+        elements = 128 * inputs + plan.blocks * 128 * 64 + plan.stages * 64 * inputs + 128 * hopper.SMALL_PIECE
+        registers = 3 * inputs // 2  # a function's sums, those of all, and places on the grid
+    assert 2 * elements + BARRIERS <= SHARED_MEMORY
+    assert registers + 8 <= 240
+    assert plan.stages > 2  # of which the products read one, and the expansion another
 
 
 def assert_halves_fit(plan: Halved, degree: int) -> None:

@@ -24,7 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTERPRETED = [torch.float32, torch.bfloat16] if DEVICE.type == "cpu" else DTYPES  # the interpreter takes its time
 SHAPES = [(1, 1, 1), (3, 17, 5), (70, 80, 136), (37, 48, 24)]  # rows, in, out
 REPEATS = 10 if DEVICE.type == "cuda" else 2
-ANYWHERE = (plans.Library, plans.Tile)  # the others' kernels are for a Hopper GPU alone
+ANYWHERE = (plans.Library, plans.Tile, plans.LocalTile)  # the others' kernels are for a Hopper GPU alone
+LOCAL = ["rbf:centers=2", "bspline:grid=2"]
+"""Functions that local plans expand: an even and an odd number of them."""
 NAMED = [
     (operation, name)
     for operation, named in plans.PLANS.items()
@@ -95,9 +97,14 @@ def test_every_plan_is_as_accurate_as_the_reference(
 ) -> None:
     monkeypatch.setattr(layer, "choose", lambda wanted, *rest: plans.PLANS[wanted][chosen[wanted]])
     chosen = dict.fromkeys(plans.OPERATIONS, "library-16") | {operation: plan}
+    if not plan.startswith("library") and DEVICE.type == "cuda" and dtype == torch.float32:
+        return  # none fused for it there
+    if isinstance(plans.PLANS[operation][plan], plans.Local):
+        for name in LOCAL if shape[0] == 136 else LOCAL[:1]:
+            assert_as_accurate(make_inputs(name, shape, dtype), dtype)
+        return
     degree = next(degree for degree in (2, 1) if plans.can(plans.PLANS[operation][plan], degree, plans.KINDS))
-    if plan.startswith("library") or not (DEVICE.type == "cuda" and dtype == torch.float32):  # none fused for it there
-        assert_as_accurate(make_inputs("cheby2", shape, dtype, degree), dtype)
+    assert_as_accurate(make_inputs("cheby2", shape, dtype, degree), dtype)
 
 
 @pytest.mark.parametrize("name", ["cheby2", "jacobi", "charlier"])
@@ -136,11 +143,16 @@ def test_passes_over_few_channels_waste_no_tile_on_more() -> None:
 
 @pytest.mark.parametrize("name", ["cheby2", "bspline", "rbf"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", ["library-16", "tile-64x128"])
+@pytest.mark.parametrize("way", ["library-16", "fused"])
 def test_any_strides(name: str, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """x transposed, of every other channel, one channel for all, one row for all; a bias of every other number."""
-    named = plans.PLANS["forward"]
-    monkeypatch.setattr(layer, "choose", lambda *rest: named[way if plans.Tile in rest[-1] else "library-16"])
+    fused = {plans.Tile: "tile-64x128", plans.LocalTile: "local-64x128x64"}
+
+    def choose(operation: str, problem: plans.Problem, device: torch.device, kinds: tuple[type, ...]) -> plans.Plan:
+        name = next((fused[kind] for kind in kinds if kind in fused), "library-16")
+        return plans.PLANS["forward"]["library-16" if way == "library-16" else name]
+
+    monkeypatch.setattr(layer, "choose", choose)
     basis, x, c, bias, _ = make_inputs(name, (24, 24, 16), dtype)
     strided = [x.T, x.repeat(1, 2)[:, ::2], x[:, :1].expand(24, 24), x[:1].expand(24, 24), x[None].transpose(1, 2)]
     bias = bias.repeat_interleave(2)[::2]
@@ -225,11 +237,13 @@ def test_only_the_gradients_that_are_wanted_are_computed(monkeypatch: pytest.Mon
 def test_gradients_are_the_same_bits_each_time() -> None:
     every = plans.PLANS["coefficient_gradient"]
     for plan in (name for operation, name in NAMED if operation == "coefficient_gradient"):
-        if not plans.can(every[plan], 2, plans.KINDS):
+        local = isinstance(every[plan], plans.Local)
+        if not local and not plans.can(every[plan], 2, plans.KINDS):
             continue
         basis, x, _, _, dy = make_inputs("cheby2", (5000 if DEVICE.type == "cuda" else 200, 72, 40), torch.bfloat16)
         steps = [number for n in range(2) for number in basis.step(n)]
-        runs = [layer.coefficient_gradient(dy, x, "polynomial", [1.0, *steps], "tanh", plan) for _ in range(REPEATS)]
+        family = ("rbf", [3.0], "none") if local else ("polynomial", [1.0, *steps], "tanh")
+        runs = [layer.coefficient_gradient(dy, x, *family, plan) for _ in range(REPEATS)]
         assert all(torch.equal(run, runs[0]) for run in runs), plan
         assert all(torch.equal(layer.column_sums(dy), layer.column_sums(dy)) for _ in range(REPEATS))
 
@@ -289,6 +303,8 @@ def test_a_backend_that_cannot_be_is_refused() -> None:
         layer.edge_functions(
             x, torch.zeros(8, 3, 16).to(x), bias, "polynomial", [1.0] + [2.0, 0.0, 0.0] * 3, "tanh", "tile-128x256"
         )
+    with pytest.raises(SpecError, match="plan 'local-64x128x64' cannot be for these tensors and 6 functions"):
+        layer.edge_functions(x, torch.zeros(8, 6, 16).to(x), bias, "bspline", [5.0, 1.0], "tanh", "local-64x128x64")
 
 
 def test_the_nearest_measured_size_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -301,9 +317,14 @@ def test_the_nearest_measured_size_decides(monkeypatch: pytest.MonkeyPatch, tmp_
         assert plans._chosen("forward", plans.Problem(8192, 512, 512, 2), "A GPU", ANYWHERE) == "tile-64x384"
         assert plans._chosen("forward", plans.Problem(16384, 8192, 2048, 3), "A GPU", ANYWHERE) == "library-32"
         assert plans._chosen("forward", plans.Problem(8192, 512, 512, 2), "A GPU", (plans.Library,)) == "library-32"
+        splines = plans.Problem(8192, 512, 512, 2, "bspline")
+        assert plans._chosen("forward", splines, "A GPU", ANYWHERE) == "tile-64x384"  # none of splines was measured
+        far = plans.Problem(1024, 4096, 64, 50, "bspline")
+        plans.remember("A GPU", "forward", far, "local-64x128x64", {"local-64x128x64": 1e-6, "library-16": 2e-6})
+        assert plans._chosen("forward", splines, "A GPU", plans.LOCAL_KINDS) == "local-64x128x64"
         of_others = plans._chosen("forward", plans.Problem(8192, 512, 512, 2), "another", (plans.Library,))
         assert of_others.startswith("library")  # what the library was fastest with on some other GPU
-        assert len([entry for entry in plans.measured() if entry["gpu"] == "A GPU"]) == 2
+        assert len([entry for entry in plans.measured() if entry["gpu"] == "A GPU"]) == 3
     finally:
         plans.measured.cache_clear()
         plans._chosen.cache_clear()

@@ -515,25 +515,30 @@ def test_on_a_gpu_graphs_are_replayed_and_memory_is_known(shape: Any) -> None:
 
 def test_tuning_times_the_products_beside_their_limits() -> None:
     shapes = {"forward": (64, 16), "input_gradient": (64, 24), "coefficient_gradient": (16, 2, 24)}
-    steps = tuning._steps(plans.Problem(64, 24, 16, 2), torch.device("cpu"), torch.float32)
-    for operation, (step, limit) in steps.items():
-        assert step("library-16", 5).shape == shapes[operation]
-        assert limit(5).ndim == 2
+    for kind, functions in (("polynomial", 2), ("bspline", 5), ("rbf", 2)):
+        problem = plans.Problem(64, 24, 16, functions, kind)
+        shapes["coefficient_gradient"] = (16, functions, 24)
+        for operation, (step, limit) in tuning._steps(problem, torch.device("cpu"), torch.float32).items():
+            assert step("library-16", 5).shape == shapes[operation]
+            assert limit(5).ndim == 2
     assert tuning.fastest({"limit": 1.0, "a": 2.01, "b": 2.0, "c": 3.0}) == "a"  # as good as b, and before it
     with pytest.raises(DeviceError, match="on an NVIDIA GPU"):
         tuning.tune(plans.Problem(64, 24, 16, 2), torch.device("cpu"), torch.float32, 2)
     with pytest.raises(DeviceError, match="nothing to tune"):
-        tuning.sizes_of(problems_by_hand(["576x384"], ["rbf"], 64))
+        tuning.sizes_of(problems_by_hand(["576x384"], ["fourier", "bspline:order=1"], 64))
+    of_many = tuning.sizes_of(problems_by_hand(["576x384"], ["rbf", "bspline:grid=20"], 64))
+    assert of_many == [plans.Problem(64, 576, 384, 8, "rbf"), plans.Problem(64, 576, 384, 23, "bspline")]
     assert tuning.sizes_of(problems_by_hand([], [], 64))[0] == plans.Problem(64, 576, 384, 2)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_what_tuning_finds_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "functions"), [("polynomial", 2), ("bspline", 8), ("rbf", 5)])
+def test_what_tuning_finds_is_taken(kind: str, functions: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KALLM_CACHE", str(tmp_path))
-    size, device = plans.Problem(512, 64, 72, 2), torch.device("cuda")
+    size, device = plans.Problem(512, 64, 72, functions, kind), torch.device("cuda")
     measured = tuning.tune(size, device, torch.bfloat16, 2)
     for operation, seconds in measured.items():
         assert {"limit", "library-16"} <= set(seconds)
-        chosen = plans.choose(operation, size, device, plans.KINDS)
+        chosen = plans.choose(operation, size, device, plans.kinds_for(kind))
         assert chosen == plans.PLANS[operation][tuning.fastest(seconds)]

@@ -1,4 +1,4 @@
-"""Which plan is fastest for each product of a polynomial layer, by measuring all of them at one size."""
+"""Which plan is fastest for each product of a layer with a function on every edge: all are measured at one size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from torch import Tensor
 
 from kallm_bench.errors import DeviceError, SpecError
 from kallm_bench.kan.bases import make_basis
+from kallm_bench.kan.bases.bspline import BSpline
+from kallm_bench.kan.bases.rbf import GaussianRBF
 from kallm_bench.kan.bases.three_term import ThreeTerm
 from kallm_bench.kan.kernels import layer, plans
+from kallm_bench.kan.kernels.bells import ORDERS
 from kallm_bench.profiling.problems import KernelProblem
 from kallm_bench.profiling.replays import make_timer, sample_in_turn
 
@@ -27,7 +30,9 @@ LIMIT = "limit"
 
 
 def tune(problem: plans.Problem, device: torch.device, dtype: torch.dtype, repeats: int) -> dict[str, dict[str, float]]:
-    """Measures every plan at this size, as degrees of cheby2, and remembers the fastest of each operation.
+    """Measures every plan at this size and remembers the fastest of each operation.
+
+    Polynomials are measured as cheby2, B-splines as cubic ones.
 
     Returns:
         Operation -> plan -> median seconds, and with LIMIT; without the plans that cannot be here, or whose result is
@@ -44,7 +49,7 @@ def tune(problem: plans.Problem, device: torch.device, dtype: torch.dtype, repea
     for operation, (step_of, limit) in _steps(problem, device, dtype).items():
         timers = {LIMIT: make_timer(limit, device)}
         for name, plan in plans.PLANS[operation].items():
-            if not plans.can(plan, problem.degrees, plans.KINDS):
+            if not plans.can(plan, problem.degrees, plans.kinds_for(problem.kind)):
                 continue
             try:
                 if not _agree(step_of(name, 0), step_of("library-16", 0)):
@@ -69,7 +74,7 @@ def _agree(result: Tensor, expected: Tensor) -> bool:
 
 
 def sizes_of(problems: Iterable[KernelProblem]) -> list[plans.Problem]:
-    """The sizes among these that have plans, each once: layers of polynomials.
+    """The sizes among these that have several plans, each once: layers of polynomials, B-splines and Gaussians.
 
     Raises:
         DeviceError: there are none.
@@ -77,11 +82,17 @@ def sizes_of(problems: Iterable[KernelProblem]) -> list[plans.Problem]:
     sizes: dict[plans.Problem, None] = {}
     for problem in problems:
         basis = make_basis(problem.basis)
-        if problem.out_features and isinstance(basis, ThreeTerm):
-            size = plans.Problem(problem.tokens, problem.in_features, problem.out_features, basis.size - 1)
-            sizes[size] = None
+        if problem.out_features is None or not isinstance(basis, ThreeTerm | BSpline | GaussianRBF):
+            continue
+        if isinstance(basis, BSpline) and basis.order not in ORDERS:
+            continue
+        kind, functions = ("polynomial", basis.size - 1) if isinstance(basis, ThreeTerm) else (basis.name, basis.size)
+        sizes[plans.Problem(problem.tokens, problem.in_features, problem.out_features, functions, kind)] = None
     if not sizes:
-        raise DeviceError("nothing to tune: only layers of polynomials have several plans, such as --basis cheby2")
+        raise DeviceError(
+            "nothing to tune: only layers of polynomials, of splines of order 2 or 3 and of Gaussians have several "
+            "plans, such as --basis cheby2"
+        )
     return list(sizes)
 
 
@@ -92,15 +103,24 @@ def fastest(seconds: dict[str, float]) -> str:
     return next(name for name, each in times.items() if each <= best * (1 + CLOSE))
 
 
+def _family(problem: plans.Problem) -> tuple[str, list[float], str]:
+    """Functions of the problem's kind; the norm before Gaussians is no part of the product."""
+    if problem.kind == "rbf":
+        return "rbf", [float(problem.degrees)], "none"
+    if problem.kind == "bspline":
+        return "bspline", [float(problem.degrees - 3), 3.0], "tanh"
+    basis = make_basis("cheby2", degree=problem.degrees)
+    assert isinstance(basis, ThreeTerm)
+    numbers = [basis.first, *(number for n in range(problem.degrees) for number in basis.step(n))]
+    return "polynomial", numbers, basis.squash
+
+
 Steps = tuple[Callable[[str, int], Tensor], Callable[[int], Tensor]]
 """A product by the plan of a name, and the limit for it; both take the number of the call."""
 
 
 def _steps(problem: plans.Problem, device: torch.device, dtype: torch.dtype) -> dict[str, Steps]:
-    basis = make_basis("cheby2", degree=problem.degrees)
-    assert isinstance(basis, ThreeTerm)
-    numbers = [basis.first, *(number for n in range(problem.degrees) for number in basis.step(n))]
-    family = ("polynomial", numbers, basis.squash)
+    family = _family(problem)
 
     def drawn(*size: int) -> list[Tensor]:
         return [torch.randn(size, device=device).to(dtype) for _ in range(INPUT_SETS)]

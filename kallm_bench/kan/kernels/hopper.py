@@ -11,8 +11,17 @@ import triton
 from torch import Tensor
 
 from kallm_bench.kan.kernels import passes
+from kallm_bench.kan.kernels.bells import bell
 from kallm_bench.kan.kernels.families import Family
-from kallm_bench.kan.kernels.hopper_plans import Halved, HalvedGradient, Piped, Specialised
+from kallm_bench.kan.kernels.hopper_plans import (
+    Halved,
+    HalvedGradient,
+    LocalHalved,
+    LocalHalvedGradient,
+    LocalPiped,
+    Piped,
+    Specialised,
+)
 
 PIECE = 64
 """Columns of y that a persistent program writes at once."""
@@ -21,13 +30,21 @@ SMALL_PIECE = 32
 
 
 def forward(
-    x: Tensor, coefficients: Tensor, bias: Tensor | None, y: Tensor, family: Family, plan: Specialised | Halved
+    x: Tensor,
+    coefficients: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    family: Family,
+    plan: Specialised | Halved | LocalHalved,
 ) -> None:
     """Writes y (M, O) of x (M, I), coefficients (O, D, I) and bias (O,).
 
-    A family of polynomials, M > 0, D at most plan.degrees, on a Hopper GPU; all but the bias as `fused.reachable` says.
+    A family of polynomials with D at most plan.degrees, or for the plans of their own one that has a `bell`; M > 0, on
+    a Hopper GPU; all but the bias as `fused.reachable` says.
     """
-    if isinstance(plan, Halved):
+    if isinstance(plan, LocalHalved):
+        _forward_local(x, coefficients, bias, y, family, plan)
+    elif isinstance(plan, Halved):
         _forward_in_halves(x, coefficients, bias, y, family, plan)
     else:
         _forward_specialised(x, coefficients, bias, y, family, plan)
@@ -72,18 +89,41 @@ def _forward_in_halves(
     )  # fmt: skip
 
 
-def coefficient_gradient(x: Tensor, dy: Tensor, dc: Tensor, family: Family, plan: Specialised | HalvedGradient) -> None:
+def _forward_local(
+    x: Tensor, coefficients: Tensor, bias: Tensor | None, y: Tensor, family: Family, plan: LocalHalved
+) -> None:
+    from kallm_bench.kan.kernels import hopper_local  # Gluon; see hopper_kernels
+
+    (M, I), (O, K, _) = x.shape, coefficients.shape
+    tiles = triton.cdiv(M, plan.rows) * triton.cdiv(O, sum(plan.outputs))
+    hopper_local.forward[(min(tiles, _processors(x.device)),)](
+        _matrix(x, plan.rows, plan.inputs), _matrix(coefficients, plan.outputs[0], 1, plan.inputs),
+        _matrix(coefficients, plan.outputs[-1], 1, plan.inputs), _matrix(y, plan.rows // 2, SMALL_PIECE),
+        y if bias is None else bias, M, I, O, K, BIAS=bias is not None, WIDTHS=plan.outputs, STAGES=plan.stages,
+        PIECES=plan.pieces, **_local_options(x, family),
+    )  # fmt: skip
+
+
+def coefficient_gradient(
+    x: Tensor, dy: Tensor, dc: Tensor, family: Family, plan: Specialised | HalvedGradient | LocalHalvedGradient
+) -> None:
     """Writes dc (O, D, I), contiguous, of x (M, I) and dy (M, O), on the terms of `forward`; the same bits each time.
 
     The rows go in as many parts as keep every processor busy once, which are added in the same order each time.
     """
     (M, I), (O, D, _) = x.shape, dc.shape
-    step = plan.rings[D - 1][0] * 128 // plan.inputs if isinstance(plan, HalvedGradient) else plan.rows
-    tiles = triton.cdiv(I, plan.inputs) * triton.cdiv(O, sum(plan.outputs))
+    if isinstance(plan, LocalHalvedGradient):
+        step, tiles = plan.rows, triton.cdiv(I, 64) * triton.cdiv(D, 2)
+    else:
+        step = plan.rings[D - 1][0] * 128 // plan.inputs if isinstance(plan, HalvedGradient) else plan.rows
+        tiles = triton.cdiv(I, plan.inputs)
+    tiles *= triton.cdiv(O, sum(plan.outputs))
     span = triton.cdiv(triton.cdiv(M, max(1, _processors(x.device) // tiles)), step) * step
     count = triton.cdiv(M, span)
     parts = dc[None] if count == 1 else torch.empty((count, O, D, I), dtype=torch.float32, device=x.device)
-    if isinstance(plan, HalvedGradient):
+    if isinstance(plan, LocalHalvedGradient):
+        _gradient_local(x, dy, parts, span, tiles, family, plan)
+    elif isinstance(plan, HalvedGradient):
         _gradient_in_halves(x, dy, parts, span, tiles, family, plan)
     else:
         _gradient_specialised(x, dy, parts, span, tiles, family, plan)
@@ -116,8 +156,44 @@ def _gradient_in_halves(
     )  # fmt: skip
 
 
-def input_gradient(x: Tensor, coefficients: Tensor, dy: Tensor, dx: Tensor, family: Family, plan: Piped) -> None:
+def _gradient_local(
+    x: Tensor, dy: Tensor, parts: Tensor, span: int, tiles: int, family: Family, plan: LocalHalvedGradient
+) -> None:
+    from kallm_bench.kan.kernels import hopper_local  # Gluon; see hopper_kernels
+
+    count, O, K, I = parts.shape
+    hopper_local.coefficient_gradient[(count * tiles,)](
+        _matrix(x, plan.rows, 64), _matrix(dy, plan.rows, plan.outputs[0]), _matrix(dy, plan.rows, plan.outputs[-1]),
+        parts, len(x), I, O, K, span, WIDTHS=plan.outputs, STAGES=plan.stages, **_local_options(x, family),
+    )  # fmt: skip
+
+
+def input_gradient(
+    x: Tensor, coefficients: Tensor, dy: Tensor, dx: Tensor, family: Family, plan: Piped | LocalPiped
+) -> None:
     """Writes dx (M, I) of x (M, I), coefficients (O, D, I) and dy (M, O), on the terms of `forward`."""
+    if isinstance(plan, LocalPiped):
+        _input_gradient_local(x, coefficients, dy, dx, family, plan)
+    else:
+        _input_gradient_piped(x, coefficients, dy, dx, family, plan)
+
+
+def _input_gradient_local(
+    x: Tensor, coefficients: Tensor, dy: Tensor, dx: Tensor, family: Family, plan: LocalPiped
+) -> None:
+    from kallm_bench.kan.kernels import hopper_local  # Gluon; see hopper_kernels
+
+    (M, I), (O, K, _), width = x.shape, coefficients.shape, plan.pieces * PIECE
+    tiles_m, tiles_i = triton.cdiv(M, 128), triton.cdiv(I, width)
+    splits = min(tiles_i, max(1, _processors(x.device) // tiles_m))  # programs to a tile of rows
+    hopper_local.input_gradient[(tiles_m * splits,)](
+        _matrix(x, 64, width), _matrix(coefficients, PIECE, 1, PIECE), _matrix(dy, 64, PIECE),
+        _matrix(dx, 64, SMALL_PIECE), M, I, O, K, splits, BLOCKS=plan.blocks, STAGES=plan.stages,
+        **_local_options(x, family),
+    )  # fmt: skip
+
+
+def _input_gradient_piped(x: Tensor, coefficients: Tensor, dy: Tensor, dx: Tensor, family: Family, plan: Piped) -> None:
     from kallm_bench.kan.kernels import hopper_slopes  # Gluon; see hopper_kernels
 
     (M, I), O, rows = x.shape, len(coefficients), 128
@@ -159,6 +235,19 @@ def _options(x: Tensor, family: Family, plan: Specialised) -> dict[str, Any]:
         "EXPANDERS": plan.expanders,
         "REGISTERS": plan.registers,
         "num_warps": 8,  # those that multiply; Triton adds the others
+    }
+
+
+def _local_options(x: Tensor, family: Family) -> dict[str, Any]:
+    shape = bell(family)
+    assert shape
+    return {
+        "ORDER": shape.order,
+        "STEPS": shape.steps,
+        "ZERO": shape.zero,
+        "SQUASH": family.squash,
+        "BITS": passes.bits_of(x.dtype),
+        "num_warps": 4,  # those of a group; Triton adds the others
     }
 
 

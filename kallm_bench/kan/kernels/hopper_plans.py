@@ -96,12 +96,83 @@ class HalvedGradient(Ringed):
     rings: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True)
+class LocalHalved:
+    """As Halved, for B-splines or Gaussians, of which a step has one; any number of them.
+
+    Args:
+        rows, outputs, inputs: as in Halved.
+        stages: room for the coefficients of so many steps.
+        pieces: room in each group for so many pieces of y.
+    """
+
+    rows: int
+    outputs: tuple[int, ...]
+    inputs: int
+    stages: int
+    pieces: int
+
+
+@dataclass(frozen=True)
+class LocalHalvedGradient:
+    """As HalvedGradient, for B-splines or Gaussians: of 64 inputs each of the two groups has one function.
+
+    Args:
+        outputs: the widths of a function's one or two accumulators.
+        rows: of a step.
+        stages: room for so many steps.
+    """
+
+    outputs: tuple[int, ...]
+    rows: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class LocalPiped:
+    """The input gradient for B-splines or Gaussians, in tiles of 128 rows.
+
+    Args:
+        pieces: of 64 inputs, in a tile.
+        blocks: of 64 outputs, as many of dy as shared memory keeps for all functions.
+        stages: room for so many steps, the coefficients of 64 outputs.
+    """
+
+    pieces: int
+    blocks: int
+    stages: int
+
+
 # A name says rows x outputs x inputs of a tile. Where a degree is missing, ptxas spills, or three steps do not fit.
 HALVED: dict[str, Halved] = {
     "halves-128x192x32": Halved(128, (128, 64), 32, ((8, 4), (6, 4), (4, 4), (3, 4))),
     "halves-128x256x32": Halved(128, (256,), 32, ((8, 4), (5, 3), (3, 4), (3, 1))),
     "halves-128x288x32": Halved(128, (256, 32), 32, ((7, 4), (4, 4), (3, 4))),
     "halves-128x384x32": Halved(128, (256, 128), 32, ((6, 4), (3, 4))),
+}
+
+# The same, of one function at a time. Stages are as many as fit.
+LOCAL_HALVED: dict[str, LocalHalved] = {
+    "local-halves-128x192x64": LocalHalved(128, (128, 64), 64, 6, 4),
+    "local-halves-128x256x64": LocalHalved(128, (256,), 64, 5, 3),
+    "local-halves-128x288x32": LocalHalved(128, (256, 32), 32, 9, 4),
+    "local-halves-128x384x32": LocalHalved(128, (256, 128), 32, 7, 4),
+}
+
+# A name says outputs of a tile x rows of a step.
+LOCAL_HALVED_GRADIENTS: dict[str, LocalHalvedGradient] = {
+    "local-halves-128x64": LocalHalvedGradient((128,), 64, 9),
+    "local-halves-192x64": LocalHalvedGradient((128, 64), 64, 6),
+    "local-halves-256x64": LocalHalvedGradient((256,), 64, 5),
+    "local-halves-288x64": LocalHalvedGradient((256, 32), 64, 4),
+    "local-halves-384x32": LocalHalvedGradient((256, 128), 32, 7),
+}
+
+# A name says inputs of a tile x outputs of dy that stay.
+LOCAL_PIPED: dict[str, LocalPiped] = {
+    "local-pipe-128x256": LocalPiped(2, 4, 7),
+    "local-pipe-128x384": LocalPiped(2, 6, 5),
+    "local-pipe-64x384": LocalPiped(1, 6, 12),
 }
 
 # A name says outputs x inputs of a tile. Each degree takes registers for its sums, and twice for its features: steps

@@ -12,10 +12,29 @@ import torch
 from torch import Tensor
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan.kernels import fused, hopper, library, passes
+from kallm_bench.kan.kernels import fused, fused_local, hopper, library, passes
+from kallm_bench.kan.kernels.bells import bell
 from kallm_bench.kan.kernels.families import Family
-from kallm_bench.kan.kernels.hopper_plans import Halved, HalvedGradient, Piped, Specialised
-from kallm_bench.kan.kernels.plans import KINDS, Library, Plan, Problem, Tile, can, choose, find_plan
+from kallm_bench.kan.kernels.hopper_plans import (
+    Halved,
+    HalvedGradient,
+    LocalHalved,
+    LocalHalvedGradient,
+    LocalPiped,
+    Piped,
+    Specialised,
+)
+from kallm_bench.kan.kernels.plans import (
+    Library,
+    LocalTile,
+    Plan,
+    Problem,
+    Tile,
+    can,
+    choose,
+    find_plan,
+    kinds_for,
+)
 
 WAYS: dict[type, ModuleType] = {
     Tile: fused,
@@ -24,6 +43,10 @@ WAYS: dict[type, ModuleType] = {
     HalvedGradient: hopper,
     Piped: hopper,
     Library: library,
+    LocalTile: fused_local,
+    LocalHalved: hopper,
+    LocalHalvedGradient: hopper,
+    LocalPiped: hopper,
 }
 """The module that follows each kind of plan. Each has the functions of the operations there are such plans for."""
 
@@ -145,10 +168,13 @@ def _prepared(
 def _plan(operation: str, name: str, family: Family, rows: Tensor, outputs: int, tensors: tuple[Tensor, ...]) -> Plan:
     """The plan that is named, or the one chosen. SpecError for one that cannot be."""
     kinds: tuple[type, ...] = (Library,)
-    if family.kind == "polynomial" and fused.reachable(*tensors):
-        kinds = KINDS if rows.device.type == "cuda" else (Library, Tile)
+    if fused.reachable(*tensors) and (family.kind == "polynomial" or bell(family)):
+        kinds = kinds_for(family.kind)
+        if rows.device.type != "cuda":  # the interpreter knows no Gluon
+            kinds = tuple(kind for kind in kinds if kind in (Library, Tile, LocalTile))
     if not name:
-        return choose(operation, Problem(len(rows), rows.shape[1], outputs, family.functions), rows.device, kinds)
+        problem = Problem(len(rows), rows.shape[1], outputs, family.functions, family.kind)
+        return choose(operation, problem, rows.device, kinds)
     plan = find_plan(operation, name)
     if not can(plan, family.functions, kinds):
         raise SpecError(f"plan '{name}' cannot be for these tensors and {family.functions} functions")

@@ -9,7 +9,6 @@ while a model runs: the same machine always takes the same way.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -24,9 +23,15 @@ from kallm_bench.files import cache_folder, write_file
 from kallm_bench.kan.kernels.hopper_plans import (
     HALVED,
     HALVED_GRADIENTS,
+    LOCAL_HALVED,
+    LOCAL_HALVED_GRADIENTS,
+    LOCAL_PIPED,
     SPECIALISED,
     Halved,
     HalvedGradient,
+    LocalHalved,
+    LocalHalvedGradient,
+    LocalPiped,
     Piped,
     Specialised,
 )
@@ -64,8 +69,28 @@ class Library:
     buffer_bytes: int
 
 
-Plan = Tile | Library | Specialised | Halved | HalvedGradient | Piped
+@dataclass(frozen=True)
+class LocalTile:
+    """One fused kernel for B-splines or Gaussians, whose steps are of one function; it has room for any number of them.
+
+    Args:
+        rows, inputs, outputs: of the tile.
+        stages, warps: as in Tile.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    stages: int
+    warps: int
+
+
+Local = LocalTile | LocalHalved | LocalHalvedGradient | LocalPiped
+Plan = Tile | Library | Specialised | Halved | HalvedGradient | Piped | Local
 KINDS: tuple[type, ...] = (Tile, Library, Specialised, Halved, HalvedGradient, Piped)
+"""Those for polynomials."""
+LOCAL_KINDS: tuple[type, ...] = (Library, LocalTile, LocalHalved, LocalHalvedGradient, LocalPiped)
+"""Those for B-splines and Gaussians."""
 
 PLANS: dict[str, dict[str, Plan]] = {
     "forward": {
@@ -92,8 +117,29 @@ PLANS: dict[str, dict[str, Plan]] = {
         "tile-32x32": Tile(32, 64, (32, 1, 0), 3, 4, degrees=8),
     },
 }
+PLANS["forward"].update(
+    {
+        "local-64x128x64": LocalTile(64, 64, 128, 3, 4),
+        "local-128x256x64": LocalTile(128, 64, 256, 3, 8),
+    }
+)
+PLANS["input_gradient"].update(
+    {
+        "local-128x64x64": LocalTile(128, 64, 64, 3, 4),
+        "local-128x128x64": LocalTile(128, 128, 64, 3, 8),
+    }
+)
+PLANS["coefficient_gradient"].update(
+    {
+        "local-64x64x256": LocalTile(64, 64, 256, 3, 4),
+        "local-64x128x128": LocalTile(64, 128, 128, 3, 8),
+    }
+)
 PLANS["forward"].update(HALVED)
 PLANS["coefficient_gradient"].update(HALVED_GRADIENTS)
+PLANS["forward"].update(LOCAL_HALVED)
+PLANS["coefficient_gradient"].update(LOCAL_HALVED_GRADIENTS)
+PLANS["input_gradient"].update(LOCAL_PIPED)
 for _operation, _plans in PLANS.items():
     _plans.update(SPECIALISED.get(_operation, {}))
     _plans.update({f"library-{mib}": Library(mib * 2**20) for mib in (16, 32, 48)})
@@ -101,15 +147,22 @@ for _operation, _plans in PLANS.items():
 
 @dataclass(frozen=True)
 class Problem:
-    """The size of a product: M, I, O and D."""
+    """The size of a product: M, I, O and D; and the kind of its functions."""
 
     rows: int
     inputs: int
     outputs: int
     degrees: int
+    kind: str = "polynomial"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Its four numbers, by name."""
+        return {"rows": self.rows, "inputs": self.inputs, "outputs": self.outputs, "degrees": self.degrees}
 
     def __str__(self) -> str:
-        return f"{self.inputs}x{self.outputs} degree {self.degrees}, {self.rows:,} rows"
+        functions = f"degree {self.degrees}" if self.kind == "polynomial" else f"{self.degrees} of {self.kind}"
+        return f"{self.inputs}x{self.outputs} {functions}, {self.rows:,} rows"
 
 
 def find_plan(operation: str, name: str) -> Plan:
@@ -121,7 +174,12 @@ def find_plan(operation: str, name: str) -> Plan:
 
 def can(plan: Plan, degrees: int, kinds: tuple[type, ...]) -> bool:
     """Whether a plan is of one of these kinds, and has room for so many degrees."""
-    return isinstance(plan, kinds) and (isinstance(plan, Library) or degrees <= plan.degrees)
+    return isinstance(plan, kinds) and (isinstance(plan, Library | Local) or degrees <= plan.degrees)
+
+
+def kinds_for(kind: str) -> tuple[type, ...]:
+    """The kinds of plans that there are for functions of this kind."""
+    return KINDS if kind == "polynomial" else LOCAL_KINDS
 
 
 def choose(operation: str, problem: Problem, device: torch.device, kinds: tuple[type, ...]) -> Plan:
@@ -132,9 +190,16 @@ def choose(operation: str, problem: Problem, device: torch.device, kinds: tuple[
 
 @functools.cache
 def _chosen(operation: str, problem: Problem, gpu: str, kinds: tuple[type, ...]) -> str:
-    """Of the plans that can be, the one that was fastest at the nearest size on this GPU, or on any other."""
+    """Of the plans that can be, the one that was fastest at the nearest size on this GPU, or on any other.
+
+    What was measured of another kind of functions counts only where nothing was of this one.
+    """
     entries = [entry for entry in measured() if entry["operation"] == operation]
-    for entry in sorted(entries, key=lambda entry: (entry["gpu"] != gpu, _distance(entry, problem))):
+
+    def apart(entry: dict[str, Any]) -> tuple[bool, bool, float]:
+        return entry["kind"] != problem.kind, entry["gpu"] != gpu, _distance(entry, problem)
+
+    for entry in sorted(entries, key=apart):
         times = {
             name: time
             for name, time in entry["microseconds"].items()
@@ -147,12 +212,13 @@ def _chosen(operation: str, problem: Problem, gpu: str, kinds: tuple[type, ...])
 
 def _distance(entry: dict[str, Any], problem: Problem) -> float:
     """How far a measured size is from this one, in factors of each of its numbers."""
-    return sum(math.log(entry[name] / max(wanted, 1)) ** 2 for name, wanted in dataclasses.asdict(problem).items())
+    return sum(math.log(entry[name] / max(wanted, 1)) ** 2 for name, wanted in problem.sizes.items())
 
 
 @functools.cache
 def measured() -> tuple[dict[str, Any], ...]:
-    """What won where, {gpu, operation, plan, rows, inputs, outputs, degrees, microseconds} each, the user's own first.
+    """What won where, {gpu, operation, kind, plan, rows, inputs, outputs, degrees, microseconds} each, the user's
+    own first.
 
     The microseconds are those of all plans that were tried.
     """
@@ -161,9 +227,9 @@ def measured() -> tuple[dict[str, Any], ...]:
 
 def remember(gpu: str, operation: str, problem: Problem, plan: str, seconds: dict[str, float]) -> None:
     """Keeps a measurement, and the times it rests on, in the user's own file, in place of one of the same size."""
-    same = {"gpu": gpu, "operation": operation, **dataclasses.asdict(problem)}
+    same = {"gpu": gpu, "operation": operation, "kind": problem.kind, **problem.sizes}
     new = {**same, "plan": plan, "microseconds": {name: round(each * 1e6, 1) for name, each in seconds.items()}}
-    others = [entry for entry in _read(_own_file()) if not same.items() <= entry.items()]
+    others = [entry for entry in _read(_own_file()) if {name: entry.get(name) for name in same} != same]
     _own_file().parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join(json.dumps(entry) for entry in [*others, new])
     write_file(_own_file(), f"[\n{text}\n]\n".encode())
@@ -179,13 +245,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
     """The entries of a file whose plans there still are; none where there is no file. DeviceError for a damaged one."""
     if not path.is_file():
         return []
-    sizes = [field.name for field in dataclasses.fields(Problem)]
+    sizes = Problem(1, 1, 1, 1).sizes
     try:
         entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         if not all(
             entry["gpu"] and entry["microseconds"] and min(entry[size] for size in sizes) > 0 for entry in entries
         ):
             raise ValueError("an entry is not complete")
-        return [entry for entry in entries if entry["plan"] in PLANS.get(entry["operation"], {})]
+        known = [entry for entry in entries if entry["plan"] in PLANS.get(entry["operation"], {})]
+        return [{"kind": "polynomial", **entry} for entry in known]  # as all were, when none was said
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeviceError(f"{path} is damaged ({error}); delete it, and tune again if you did") from error
