@@ -142,4 +142,5 @@ class PrefixCache:
 
 def size_of(rows: Rows, width: int, dtype: torch.dtype) -> int:
     """Bytes that the cache of all rows takes."""
-    return len(rows) * rows.tokens.shape[1] * width * dtype.itemsize
+    values: int = len(rows) * rows.tokens.shape[1] * width
+    return values * dtype.itemsize
