@@ -18,8 +18,8 @@ from kallm_bench.errors import DataError, Interrupted, TrainingError
 from kallm_bench.models import KANSpec, retrofit
 from kallm_bench.training import SCOPES, TrainSettings, apply_scope, loop, parameters_in, prepare, train
 from kallm_bench.training.data import IGNORE, Template
-from kallm_bench.training.loop import _State
 from kallm_bench.training.loss import loss_sum
+from kallm_bench.training.optimiser import make_optimiser, set_rate
 
 CHAT = [
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, how are you?"}],
@@ -269,6 +269,7 @@ def test_a_killed_run_goes_on_from_its_last_state(
 ) -> None:
     """Nothing is caught when a process is killed: what counts is what the minutely state left on the disk."""
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", math.inf)
     killed = RuntimeError("as if killed")
 
     def kill(work: str, done: int, total: int, note: str = "") -> None:
@@ -336,19 +337,19 @@ def test_no_tokens_measure_and_change_nothing(tiny_llama: Any, rows: Any, tmp_pa
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_rate_warms_up_and_falls_as_a_cosine_to_a_tenth(tiny_llama: Any, tmp_path: Path) -> None:
+def test_the_rate_warms_up_and_falls_as_a_cosine_to_a_tenth(tiny_llama: Any) -> None:
     settings = TrainSettings(tokens=100 * 64, row_length=32, rows_per_step=2, learning_rate=1.0, warmup=0.1)
     model = tiny_llama()
-    state = _State(model, list(model.parameters()), settings, tmp_path)
+    optimiser = make_optimiser(model, dict(model.named_parameters()), settings)
     rates = []
-    for state.step in range(settings.steps):
-        state.set_rate()
-        rates.append(state.optimiser.param_groups[0]["lr"])
+    for step in range(settings.steps):
+        set_rate(optimiser, settings, step)
+        rates.append(optimiser.param_groups[0]["lr"])
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.55, abs=0.01)  # half-way down
     assert 0.1 <= rates[-1] < 0.101
-    assert all(group["weight_decay"] == 0.0 for group in state.optimiser.param_groups)
+    assert all(group["weight_decay"] == 0.0 for group in optimiser.param_groups)
 
 
 def test_one_loss_curve_does_not_drift(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
@@ -388,5 +389,6 @@ def test_a_step_that_was_finished_is_never_done_again(tiny_llama: Any, rows: Any
     model = tiny_llama()
     retrofit(model, KANSpec("2-3", "cheby2"))
     result = train(model, *rows, SMALL, tmp_path / "state", watch=lambda work, *rest: seen.append(work))
-    assert set(seen) == {"held-out loss"}
+    assert set(seen) == {seen[0], "held-out loss"}
+    assert seen[0].startswith("goes on from step 8 of 8")
     assert len(result.losses) == SMALL.steps
