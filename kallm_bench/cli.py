@@ -742,8 +742,10 @@ def main() -> NoReturn:
     except Stop as stop:
         _leave("Stopped. What was finished is kept; the same command goes on from there.", 128 + stop.number)
     except KallmError as error:
-        if not (_follows() and isinstance(error, LeftAloneError)):  # whoever left has said why
+        if not _follows():
             console.fail(str(error))
+        elif not isinstance(error, LeftAloneError):  # whoever left has said why
+            console.fail(f"process {os.environ['RANK']}: {error}")
         sys.exit(1)
     except typer.Exit as leaving:
         sys.exit(leaving.exit_code)

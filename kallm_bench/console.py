@@ -319,7 +319,7 @@ def say(text: str) -> None:
 
 def tell(text: str) -> None:
     """One line about how the work goes."""
-    err.print(text, style="dim")
+    err.print(text, style="dim", soft_wrap=True)
 
 
 def stream(text: str) -> None:

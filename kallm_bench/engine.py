@@ -262,7 +262,9 @@ def train_model(
     Args:
         resume: whether what a stopped run has saved is taken up; else it is removed.
     """
-    data, heldout = _data_of(settings)
+    processes = bench.processes
+    with processes.in_turn():
+        data, heldout = _data_of(settings)
     bench.watch("loading the model", 0, 1)
     tokenizer = load_tokenizer(ref.open())
     described = dataclasses.asdict(settings) | bench.place | {"tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -272,12 +274,13 @@ def train_model(
     stage = Stage(bench, "train", described, ref)
     if settings.steps:
         stage.folder = out or bench.runs / f"{ref.label}-trained-{stage.key[:8]}"
-    processes = bench.processes
     if processes.tell(stage.key) != stage.key:
         raise TrainingError("the processes of this run were given different settings, models or data")
     with stage.claimed() if processes.first else nullcontext() as done:
         if not processes.tell(done is not None):
             done = _train(bench, ref, stage, settings, tokenizer, data, replace, resume)
+        if processes.first:
+            shutil.rmtree(_state_of(stage), ignore_errors=True)
         told = processes.tell(done.to_json() if done else None)
     return done or RunRecord.from_json(told)
 
@@ -303,19 +306,18 @@ def _train(
         return load_model(ref.open(), torch.float32, device)[0]
 
     model = load("cpu" if bench.sharded else bench.device)
-    if settings.steps:
-        parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
     with processes.in_turn():
+        if settings.steps:
+            parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
         rows, kept = prepare(
             settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing
         )
-    state = bench.runs / "unfinished" / stage.key
     result = train(
         model,
         rows,
         kept,
         settings,
-        state,
+        _state_of(stage),
         autocast=bench.autocast,
         batch_rows=bench.batch_size or (8 if bench.device.type == "cuda" else 4),
         watch=bench.watch,
@@ -342,8 +344,12 @@ def _train(
     save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), base=stage.base, replace=replace)
     record = stage.finish(metrics, saved=True, data=about, model=model)
     _describe(bench, stage.folder, model, record)
-    shutil.rmtree(state, ignore_errors=True)
     return record
+
+
+def _state_of(stage: Stage) -> Path:
+    """The folder of what a stopped training has saved."""
+    return stage.bench.runs / "unfinished" / stage.key
 
 
 def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:

@@ -37,9 +37,11 @@ class Fit:
                 return work()
             except torch.OutOfMemoryError as error:
                 if self.rows == 1 or self.fixed:
-                    less = "a shorter --row-length" if self.rows == 1 else f"--batch-size {self.rows // 2}"
-                    raise TrainingError(f"out of memory with {self.rows} rows at once; take {less}") from error
+                    rows = f"{self.rows} rows" if self.rows > 1 else "one row"
+                    less = f"--batch-size {self.rows // 2}" if self.rows > 1 else "a shorter --row-length"
+                    raise TrainingError(f"out of memory with {rows} at once; take {less}") from error
             # out here the error is gone, and with it its hold on what `work` had allocated
             torch.cuda.empty_cache()
             self.rows //= 2
-            self.watch(f"out of memory; going on with {self.rows} rows at once, {self.asked} were asked for", 0, 0)
+            now = f"{self.rows} rows" if self.rows > 1 else "one row"
+            self.watch(f"out of memory; going on with {now} at once, {self.asked} were asked for", 0, 0)

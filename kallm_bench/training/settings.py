@@ -82,7 +82,9 @@ class TrainSettings:
         if len(self.betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"betas are two numbers from 0 to below 1, such as 0.9 and 0.95, got {self.betas}")
         if self.schedule == "wsd" and self.warmup + self.decay_share > 1:
-            raise TrainingError(f"warmup {self.warmup} and decay_share {self.decay_share} are more than the whole run")
+            raise TrainingError(
+                f"schedule 'wsd': warmup {self.warmup} and decay_share {self.decay_share} are more than the whole run"
+            )
         if 0 < self.tokens < self.rows_per_step * self.row_length:
             raise TrainingError(
                 f"{self.tokens} tokens do not fill one step of {self.rows_per_step} rows of {self.row_length}: "
