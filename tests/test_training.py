@@ -566,7 +566,7 @@ def test_autocast_is_used_and_parameters_stay_float32(tiny_llama: Any, rows: Any
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert losses[0] != losses[1] != losses[2]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] == pytest.approx(losses[0], rel=5e-3)
 
 
 def test_a_step_that_was_finished_is_never_done_again(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
