@@ -187,7 +187,7 @@ def train(
     """Train what was replaced, or more, on conversations; stopped with Ctrl-C, the same command goes on.
 
     kallm train runs/bundled-cheby2-25-29-... --tokens 1000000
-    torchrun --nproc-per-node 2 -m kallm_bench.cli train runs/bundled-cheby2-25-29-... --tokens 1000000
+    torchrun --nproc-per-node 2 -m kallm_bench.cli train CKPT --tokens 1000000
     """
     from kallm_bench import engine
     from kallm_bench.errors import TrainingError

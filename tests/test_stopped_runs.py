@@ -90,7 +90,7 @@ def whole(training: Training, launch: Launch, tmp_path_factory: pytest.TempPathF
     return folder
 
 
-@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 60))])
+@pytest.mark.parametrize("seed", [*range(2), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 60))])
 def test_a_run_that_is_killed_anywhere_ends_with_the_same_bits(
     training: Training, whole: Path, launch: Launch, tmp_path: Path, seed: int
 ) -> None:
@@ -109,7 +109,7 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bits(
     assert not (tmp_path / "runs" / "unfinished").exists() or not states(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_stopped_run_is_saved_and_taken_up_unless_told_otherwise(
     training: Training, whole: Path, launch: Launch, tmp_path: Path, number: int
 ) -> None:
