@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from kallm_bench import console
-from kallm_bench.errors import Interrupted, KallmError
+from kallm_bench.errors import Interrupted, KallmError, LeftAloneError
 from kallm_bench.interrupts import Stop, ignore_signals, stop_on_signals
 
 if TYPE_CHECKING:
     from kallm_bench.filing import Bench
     from kallm_bench.records import ResultsStore
+    from kallm_bench.training import Processes
 
 app = typer.Typer(
     help="Puts Kolmogorov-Arnold networks into language models and finds out, honestly, whether they are worth it.",
@@ -167,6 +169,12 @@ def train(
     scope: Annotated[str, typer.Option(help="What learns: replaced, tail, tail+head, all.")] = "tail",
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 4e-4,
     seed: Seed = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run of this command stands, or anew.")
+    ] = True,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Split the weights over the processes (FSDP): for models that do not fit.")
+    ] = False,
     out: Out = None,
     force: Force = False,
     device: Device = "auto",
@@ -179,25 +187,34 @@ def train(
     """Train what was replaced, or more, on conversations; stopped with Ctrl-C, the same command goes on.
 
     kallm train runs/bundled-cheby2-25-29-... --tokens 1000000
+    torchrun --nproc-per-node 2 -m kallm_bench.cli train CKPT --tokens 1000000
     """
     from kallm_bench import engine
+    from kallm_bench.errors import TrainingError
     from kallm_bench.filing import find_ref
-    from kallm_bench.training import TrainSettings
+    from kallm_bench.profiling import find_device
+    from kallm_bench.training import TrainSettings, join
 
-    settings = TrainSettings(
-        data=data,
-        heldout=heldout,
-        tokens=tokens,
-        row_length=row_length,
-        rows_per_step=rows_per_step,
-        scope=scope,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
-    with console.Display() as display:
-        bench = _bench(results, display, device, dtype, batch_size, seed)
-        record = engine.train_model(bench, find_ref(checkpoint, trust_remote_code), settings, out, replace=force)
-    console.show_records([record], as_json, bench.store.written)
+    with join(find_device(device)) as processes:
+        if shard and processes.count == 1:
+            raise TrainingError("--shard splits weights over several processes; start them by torchrun, as --help says")
+        with console.Display(silent=not processes.first) as display:
+            with processes.in_turn():
+                settings = TrainSettings(
+                    data=data,
+                    heldout=heldout,
+                    tokens=tokens,
+                    row_length=row_length,
+                    rows_per_step=rows_per_step,
+                    scope=scope,
+                    learning_rate=learning_rate,
+                    seed=seed,
+                )
+                bench = _bench(results, display, device, dtype, batch_size, seed, processes=processes, sharded=shard)
+                ref = find_ref(checkpoint, trust_remote_code)
+            record = engine.train_model(bench, ref, settings, out, replace=force, resume=resume)
+        if processes.first:
+            console.show_records([record], as_json, bench.store.written)
 
 
 @app.command(name="eval-bbh")
@@ -646,13 +663,20 @@ def _bench(
     batch_size: int | None,
     seed: int = 0,
     suite_file: str = "",
+    processes: Processes | None = None,
+    sharded: bool = False,
 ) -> Bench:
     """The bench of a command; refuses an unwritable results folder before any work is done."""
+    from kallm_bench.errors import DeviceError
     from kallm_bench.filing import Bench
     from kallm_bench.profiling import find_device, find_dtype, identity
     from kallm_bench.records import ResultsStore
+    from kallm_bench.training import ALONE, asked_for
 
-    where = find_device(device)
+    if processes is None and asked_for() > 1:
+        raise DeviceError(f"{asked_for()} processes were started for this; only `kallm train` runs on several")
+    processes = processes or ALONE
+    where = processes.device or find_device(device)
     computes_in = find_dtype(dtype, where)
     store = ResultsStore(results)
     return Bench(
@@ -664,6 +688,8 @@ def _bench(
         seed=seed,
         suite_file=suite_file,
         batch_size=batch_size,
+        processes=processes,
+        sharded=sharded,
         watch=display,
     )
 
@@ -716,7 +742,10 @@ def main() -> NoReturn:
     except Stop as stop:
         _leave("Stopped. What was finished is kept; the same command goes on from there.", 128 + stop.number)
     except KallmError as error:
-        console.fail(str(error))
+        if not _follows():
+            console.fail(str(error))
+        elif not isinstance(error, LeftAloneError):  # whoever left has said why
+            console.fail(f"process {os.environ['RANK']}: {error}")
         sys.exit(1)
     except typer.Exit as leaving:
         sys.exit(leaving.exit_code)
@@ -733,8 +762,14 @@ def main() -> NoReturn:
 
 def _leave(message: str, code: int) -> NoReturn:
     ignore_signals()  # an impatient second one would only add a traceback
-    console.tell(message)
+    if not _follows():
+        console.tell(message)
     sys.exit(code)
+
+
+def _follows() -> bool:
+    """Whether this is one of several processes, and not the first, which speaks for all."""
+    return int(os.environ.get("RANK") or 0) > 0
 
 
 def _environment(error: Exception) -> str:

@@ -47,10 +47,15 @@ class Display:
 
     With `plan`, the predicted work of each part, it also shows how much of the whole is done and how long the rest will
     take. Predictions need only be right relative to each other.
+
+    A work of which nothing is counted is a word about how it goes: said once, and on a terminal left standing above the
+    bars. `silent` shows nothing.
     """
 
-    def __init__(self, plan: dict[str, float] | None = None) -> None:
+    def __init__(self, plan: dict[str, float] | None = None, silent: bool = False) -> None:
         self.plan = plan or {}
+        self.silent = silent
+        self.last_word = ""
         self.part = ""
         self.finished = 0.0
         self.part_began = self.began = time.monotonic()
@@ -71,7 +76,7 @@ class Display:
         self.current: TaskID | None = None
 
     def __enter__(self) -> Display:
-        if err.is_terminal:
+        if err.is_terminal and not self.silent:
             self.progress.start()
             if self.plan:
                 self.whole = self.progress.add_task("all", total=100, note="")
@@ -90,6 +95,13 @@ class Display:
         self.part, self.part_began = part, now
 
     def __call__(self, work: str, done: int, total: int, note: str = "") -> None:
+        if self.silent:
+            return
+        if not total and not done:
+            if work != self.last_word:
+                tell(work)
+            self.last_word = work
+            return
         share = self._share(work, done, total)
         left = self._left(share)
         if not err.is_terminal:
@@ -307,7 +319,7 @@ def say(text: str) -> None:
 
 def tell(text: str) -> None:
     """One line about how the work goes."""
-    err.print(text, style="dim")
+    err.print(text, style="dim", soft_wrap=True)
 
 
 def stream(text: str) -> None:

@@ -57,10 +57,12 @@ from kallm_bench.suites import Cell, Suite
 from kallm_bench.training import (
     SCOPES,
     DataSource,
+    Fit,
     Forward,
     TrainSettings,
     check_scope,
     find_data,
+    gather_into,
     heldout_loss,
     parameters_in,
     prepare,
@@ -223,12 +225,12 @@ def _start(
     batches = learned.batch(range(rows)), kept.batch(range(judged))
     tokens, positions = (torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "position_ids"))
     with Forward(model, autocast=bench.autocast) as forward:
-        before, count = heldout_loss(forward, kept, judged, 4, bench.watch)
+        before, count = heldout_loss(forward, kept, judged, Fit(4), bench.watch)
     began = time.perf_counter()
     _, report = retrofit_reporting(model, spec, Calibration(tokens, positions, judged), bench.watch, bench.device)
     seconds = time.perf_counter() - began
     with Forward(model, autocast=bench.autocast) as forward:
-        after, _ = heldout_loss(forward, kept, judged, 4, bench.watch)
+        after, _ = heldout_loss(forward, kept, judged, Fit(4), bench.watch)
     metrics = [
         Metric("heldout_loss_before", before, n=count),
         Metric("heldout_loss", after, n=count),
@@ -246,10 +248,24 @@ def _describe_calibration(settings: CalibrationSettings, tokenizer: Any) -> dict
 
 
 def train_model(
-    bench: Bench, ref: ModelRef, settings: TrainSettings, out: Path | None = None, *, replace: bool = False
+    bench: Bench,
+    ref: ModelRef,
+    settings: TrainSettings,
+    out: Path | None = None,
+    *,
+    replace: bool = False,
+    resume: bool = True,
 ) -> RunRecord:
-    """Trains a checkpoint, from where it was stopped, and saves it; zero tokens only measure the held-out loss."""
-    data, heldout = _data_of(settings)
+    """Trains a checkpoint, from where it was stopped, and saves it; zero tokens only measure the held-out loss.
+
+    Several processes do it together, `bench.processes`: the first one writes, and all return its record.
+
+    Args:
+        resume: whether what a stopped run has saved is taken up; else it is removed.
+    """
+    processes = bench.processes
+    with processes.in_turn():
+        data, heldout = _data_of(settings)
     bench.watch("loading the model", 0, 1)
     tokenizer = load_tokenizer(ref.open())
     described = dataclasses.asdict(settings) | bench.place | {"tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -259,37 +275,62 @@ def train_model(
     stage = Stage(bench, "train", described, ref)
     if settings.steps:
         stage.folder = out or bench.runs / f"{ref.label}-trained-{stage.key[:8]}"
-    with stage.claimed() as done:
-        return done or _train(bench, ref, stage, settings, tokenizer, data, replace)
+    if processes.tell(stage.key) != stage.key:
+        raise TrainingError("the processes of this run were given different settings, models or data")
+    with stage.claimed() if processes.first else nullcontext() as done:
+        if not processes.tell(done is not None):
+            done = _train(bench, ref, stage, settings, tokenizer, data, replace, resume)
+        if processes.first:
+            shutil.rmtree(_state_of(stage), ignore_errors=True)
+        told = processes.tell(done.to_json() if done else None)
+    return done or RunRecord.from_json(told)
 
 
 def _train(
-    bench: Bench, ref: ModelRef, stage: Stage, settings: TrainSettings, tokenizer: Any, data: DataSource, replace: bool
-) -> RunRecord:
-    if bench.dtype == torch.float16 and settings.steps:
-        raise TrainingError("training in float16 needs loss scaling, which is not here yet; take --dtype bfloat16")
-    replace = stage.folder is not None and stage.may_replace(replace)
+    bench: Bench,
+    ref: ModelRef,
+    stage: Stage,
+    settings: TrainSettings,
+    tokenizer: Any,
+    data: DataSource,
+    replace: bool,
+    resume: bool,
+) -> RunRecord | None:
+    """The record, on the first process."""
+    processes = bench.processes
+    replace = processes.first and stage.folder is not None and stage.may_replace(replace)
 
     def packing(done: int, total: int) -> None:
         bench.watch("packing conversations", done, total)
 
-    model, _ = load_model(ref.open(), torch.float32, bench.device)
-    if settings.steps:
-        parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
-    rows, kept = prepare(
-        settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing
-    )
-    state = bench.runs / "unfinished" / stage.key
+    def load(device: torch.device | str) -> PreTrainedModel:
+        return load_model(ref.open(), torch.float32, device)[0]
+
+    model = load("cpu" if bench.sharded else bench.device)
+    with processes.in_turn():
+        if settings.steps:
+            parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
+        rows, kept = prepare(
+            settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing
+        )
     result = train(
         model,
         rows,
         kept,
         settings,
-        state,
+        _state_of(stage),
         autocast=bench.autocast,
         batch_rows=bench.batch_size or (8 if bench.device.type == "cuda" else 4),
         watch=bench.watch,
+        resume=resume,
+        processes=processes,
+        sharded=bench.sharded,
     )
+    if bench.sharded:
+        split, model = model, load("cpu") if processes.first else model
+        gather_into(model, split, processes)
+    if not processes.first:
+        return None
     metrics = [
         Metric("heldout_loss", result.heldout_after, n=result.heldout_tokens),
         Metric("heldout_loss_before", result.heldout_before, n=result.heldout_tokens),
@@ -304,8 +345,12 @@ def _train(
     save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), base=stage.base, replace=replace)
     record = stage.finish(metrics, saved=True, data=about, model=model)
     _describe(bench, stage.folder, model, record)
-    shutil.rmtree(state, ignore_errors=True)
     return record
+
+
+def _state_of(stage: Stage) -> Path:
+    """The folder of what a stopped training has saved."""
+    return stage.bench.runs / "unfinished" / stage.key
 
 
 def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:

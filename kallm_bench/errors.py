@@ -9,6 +9,7 @@
     ├── SuiteError        a suite file that does not read
     ├── RecordError       a results store that cannot be read or written
     ├── TrainingError     training that cannot go on
+    │   └── LeftAloneError     another process of the run has ended
     └── DeviceError       a device or dtype that is not there
 
 The command line shows each as one line and leaves with 1. `Interrupted` is no error: work was saved, the exit code is
@@ -54,6 +55,10 @@ class RecordError(KallmError):
 
 
 class TrainingError(KallmError):
+    pass
+
+
+class LeftAloneError(TrainingError):
     pass
 
 

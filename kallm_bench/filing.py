@@ -26,8 +26,9 @@ from kallm_bench.models import Source, find_model, read_base, read_lineage, spec
 from kallm_bench.profiling import environment
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Artifact, Metric, ResultsStore, RunRecord, settings_key
+from kallm_bench.training import ALONE, Processes
 
-CODE = {"retrofit": 1, "train": 1, "eval-bbh": 1, "profile": 1, "kernels": 2}
+CODE = {"retrofit": 1, "train": 2, "eval-bbh": 1, "profile": 1, "kernels": 2}
 """The stages, and the version of each one's code: raise it when a change of code changes results."""
 
 
@@ -42,6 +43,8 @@ class Bench:
         suite, arm, seed: what the records are filed under.
         suite_file: how the user named the suite, so that its report can say how to run it again.
         batch_size: sequences through the model at once; None chooses by device.
+        processes: who else does this stage, where it is training; the first one files it.
+        sharded: whether they split the model's weights.
         watch: told of progress.
     """
 
@@ -55,6 +58,8 @@ class Bench:
     seed: int = 0
     suite_file: str = ""
     batch_size: int | None = None
+    processes: Processes = ALONE
+    sharded: bool = False
     watch: Watch = nobody
 
     @property
@@ -294,7 +299,8 @@ class Stage:
             data=data or {},
             metrics=tuple(metrics),
             environment=environment(self.bench.device)
-            | {"batch_size": self.bench.batch_size, "suite_file": self.bench.suite_file},
+            | {"batch_size": self.bench.batch_size, "suite_file": self.bench.suite_file}
+            | ({"processes": count} if (count := self.bench.processes.count) > 1 else {}),
             artifacts=_artifacts(folder) if folder else (),
         )
         self.bench.store.write(record, samples)

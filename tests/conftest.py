@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ ROOT = Path(__file__).parent.parent
 
 Run = Callable[..., tuple[int, str, str]]
 """What the fixture `kallm` gives: the words of a command to its exit code, output and errors."""
+
+Launch = Callable[..., list[tuple[int | None, str, str]]]
+"""What the fixture `launch` gives: commands as launcher.py takes them to exit code, output and errors of each."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,3 +104,24 @@ def shared_data() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no shared data in {folder}; set KALLM_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Launch]:
+    """Runs commands of launcher.py side by side, each in a process of its own; gives (exit code, output, errors)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "launcher.py")]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    stdin, stdout = server.stdin, server.stdout
+
+    def run(*commands: dict[str, Any]) -> list[tuple[int | None, str, str]]:
+        stdin.write(json.dumps(commands) + "\n")
+        stdin.flush()
+        return [tuple(each) for each in json.loads(stdout.readline())]
+
+    yield run
+    stdin.close()
+    server.wait()
+    stdout.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from kallm_bench.bbh.evaluate import ask
 from kallm_bench.bbh.protocols import PROTOCOLS
 from kallm_bench.bbh.questions import load_questions
+from kallm_bench.errors import Interrupted
 from kallm_bench.kan import BASES, KANLinear
 from kallm_bench.models import KANSpec, load_checkpoint, retrofit, save_checkpoint
 from kallm_bench.profiling import ProfileSettings, environment, measure_training
@@ -51,7 +53,7 @@ def test_a_layer_is_as_accurate_as_on_the_cpu(name: str, dtype: torch.dtype) -> 
         assert (theirs - true).abs().max() <= 2 * (ours - true).abs().max() + rounding
 
 
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=str)
 def test_training_goes_down_and_comes_back(
     tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path, autocast: torch.dtype | None
 ) -> None:
@@ -61,12 +63,40 @@ def test_training_goes_down_and_comes_back(
     model = tiny_llama().to("cuda")
     retrofit(model, KANSpec("2-3", "cheby2"))
     settings = TrainSettings(tokens=40 * 128, row_length=64, rows_per_step=2, learning_rate=1e-2, heldout_rows=1)
+
+    def interrupt(work: str, done: int, total: int, note: str = "") -> None:
+        if work == "training" and done == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(model, *rows, settings, tmp_path / "state", autocast=autocast, watch=interrupt)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    model = tiny_llama().to("cuda")
+    retrofit(model, KANSpec("2-3", "cheby2"))
     result = train(model, *rows, settings, tmp_path / "state", autocast=autocast)
+    assert any(not torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     assert result.heldout_after < result.heldout_before - 0.05
     save_checkpoint(tmp_path / "ck", model)
     again, _ = load_checkpoint(tmp_path / "ck", device="cuda")
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_batch_that_does_not_fit_is_halved(tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there, how are you?"}]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 20_000)
+    rows = prepare(str(tmp_path / "chat.jsonl"), bundled_tokenizer, 256, tmp_path / "cache")
+    model = tiny_llama(hidden_size=256, intermediate_size=1024, num_key_value_heads=4).to("cuda")
+    settings = TrainSettings(tokens=512 * 256, row_length=256, rows_per_step=512, scope="all", heldout_rows=1)
+    told: list[str] = []
+    torch.cuda.empty_cache()
+    held = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction(1.5e9 / held)
+        train(model, *rows, settings, tmp_path / "state", batch_rows=512, watch=lambda work, *rest: told.append(work))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert any(word.startswith("out of memory; going on with") for word in told)
 
 
 def test_replies_on_the_device(tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def test_every_shipped_suite_reads(path: Path) -> None:
 def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) -> None:
     path = tmp_path / "try.toml"
     path.write_text(
-        'seeds = [0, 1]\n[train]\ntokens = 5000\nrow_length = 100\nrows_per_step = 1\n[eval]\ntasks = ["snarks"]\n'
+        'seeds = [0, 1]\n[train]\ntokens = 5000\nrow_length = 100\nrows_per_step = 1\nschedule = "wsd"\n'
+        'betas = [0.9, 0.95]\nnew_learning_rate = 1e-3\n[eval]\ntasks = ["snarks"]\n'
         '[[arm]]\nname = "plain"\ntrain.tokens = 0\n[[arm]]\nname = "kan"\nbasis = "cheby2"\nblocks = "last:2"\n'
     )
     suite = read_suite(path)
@@ -38,6 +39,8 @@ def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) 
     ]
     assert suite.cells[3].spec == KANSpec("last:2", "cheby2", seed=1)
     assert suite.cells[3].train.seed == 1
+    train = suite.cells[3].train
+    assert (train.schedule, train.betas, train.new_learning_rate) == ("wsd", (0.9, 0.95), 1e-3)
     assert suite.cells[0].eval.tasks == ("snarks",)
     assert [cell.seed for cell in read_suite(path, only=["kan"], seeds=[7]).cells] == [7]
 
@@ -55,6 +58,8 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('[[arm]]\nname = "a"\nbasis = "cheby2"\n', "no blocks"),
         ('[[arm]]\nname = "a"\nbasis = "chebby2"\nblocks = "1"\n', "Did you mean 'cheby2'"),
         ('[[arm]]\nname = "a"\ntrain.token = 5\n', "Did you mean 'tokens'"),
+        ('[[arm]]\nname = "a"\ntrain.schedule = "cosin"\n', "Did you mean 'cosine'"),
+        ('[[arm]]\nname = "a"\ntrain.betas = [0.9, "x"]\n', "betas are two numbers"),
         ('[[arm]]\nname = "a"\ntrain.tokens = "many"\n', "tokens should be of type int"),
         ('[[arm]]\nname = "a"\neval.limit = "8"\n', "limit should be of type int"),
         ('[[arm]]\nname = "a"\ntrain.tail_from = "25"\n', "tail_from should be of type int"),

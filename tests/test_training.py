@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gzip
 import json
 import math
@@ -13,13 +15,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
 
 from kallm_bench.errors import DataError, Interrupted, TrainingError
 from kallm_bench.models import KANSpec, retrofit
-from kallm_bench.training import SCOPES, TrainSettings, apply_scope, loop, parameters_in, prepare, train
+from kallm_bench.progress import nobody
+from kallm_bench.training import SCHEDULES, SCOPES, TrainSettings, apply_scope, loop, parameters_in, prepare, train
 from kallm_bench.training.data import IGNORE, Template
 from kallm_bench.training.forward import Forward, make_batch
-from kallm_bench.training.loop import _State
+from kallm_bench.training.optimiser import make_optimiser, rate_share, set_rate
 
 CHAT = [
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, how are you?"}],
@@ -274,6 +279,7 @@ def test_a_killed_run_goes_on_from_its_last_state(
 ) -> None:
     """Nothing is caught when a process is killed: what counts is what the minutely state left on the disk."""
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", math.inf)
     killed = RuntimeError("as if killed")
 
     def kill(work: str, done: int, total: int, note: str = "") -> None:
@@ -323,7 +329,11 @@ def test_settings_that_cannot_be_are_refused(tiny_llama: Any, rows: Any, tmp_pat
         TrainSettings(tokens=100)
     with pytest.raises(TrainingError, match="rows_per_step must be at least 1"):
         TrainSettings(rows_per_step=0)
-    for wrong in ({"warmup": 2.0}, {"weight_decay": -1.0}, {"clip_norm": 0.0}, {"learning_rate": math.nan}):
+    for wrong in (
+        {"warmup": 2.0}, {"weight_decay": -1.0}, {"clip_norm": 0.0}, {"learning_rate": math.nan}, {"tail_from": -1},
+        {"new_learning_rate": 0.0}, {"final_share": 1.5}, {"decay_share": -0.1}, {"betas": (0.9, 1.0)}, {"betas": ()},
+        {"schedule": "cosin"}, {"schedule": "wsd", "decay_share": 1.0},
+    ):  # fmt: skip
         with pytest.raises(TrainingError, match=next(iter(wrong))):
             TrainSettings(**wrong)
     model = tiny_llama()
@@ -341,19 +351,206 @@ def test_no_tokens_measure_and_change_nothing(tiny_llama: Any, rows: Any, tmp_pa
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_rate_warms_up_and_falls_as_a_cosine_to_a_tenth(tiny_llama: Any, tmp_path: Path) -> None:
+def test_the_rate_warms_up_and_falls_as_a_cosine_to_a_tenth(tiny_llama: Any) -> None:
     settings = TrainSettings(tokens=100 * 64, row_length=32, rows_per_step=2, learning_rate=1.0, warmup=0.1)
     model = tiny_llama()
-    state = _State(model, list(model.parameters()), settings, tmp_path)
+    optimiser = make_optimiser(model, dict(model.named_parameters()), settings)
     rates = []
-    for state.step in range(settings.steps):
-        state.set_rate()
-        rates.append(state.optimiser.param_groups[0]["lr"])
+    for step in range(settings.steps):
+        set_rate(optimiser, settings, step)
+        rates.append(optimiser.param_groups[0]["lr"])
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.55, abs=0.01)  # half-way down
     assert 0.1 <= rates[-1] < 0.101
-    assert all(group["weight_decay"] == 0.0 for group in state.optimiser.param_groups)
+    assert all(group["weight_decay"] == 0.0 for group in optimiser.param_groups)
+
+
+def rates(settings: TrainSettings) -> list[float]:
+    return [rate_share(settings, step) for step in range(settings.steps)]
+
+
+def test_schedules_are_what_they_say() -> None:
+    settings = TrainSettings(tokens=100 * 64, row_length=32, rows_per_step=2, warmup=0.1, final_share=0.2)
+    linear, constant, stable = (
+        rates(dataclasses.replace(settings, schedule=name, decay_share=0.3)) for name in ("linear", "constant", "wsd")
+    )
+    assert linear[:10] == constant[:10] == stable[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert linear[10:] == pytest.approx([1 - 0.8 * n / 90 for n in range(90)])
+    assert constant[10:] == [1.0] * 90
+    assert stable[10:71] == [1.0] * 61
+    assert stable[70:] == pytest.approx([1 - 0.8 * n / 30 for n in range(30)])
+    assert set(SCHEDULES) == {"cosine", "linear", "constant", "wsd"}
+
+
+def test_new_modules_have_their_rate_and_only_matrices_decay(tiny_llama: Any) -> None:
+    model = tiny_llama()
+    retrofit(model, KANSpec("2", "cheby2"))
+    retrofit(model, KANSpec("3", "rational", form="glu"))
+    settings = TrainSettings(learning_rate=0.1, new_learning_rate=0.3, weight_decay=0.5)
+    optimiser = make_optimiser(model, dict(model.named_parameters()), settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (g["peak"], g["weight_decay"]) for g in optimiser.param_groups for p in g["params"]}
+    assert found.keys() == set(names.values())
+    for name, (rate, decay) in found.items():
+        new = "layers.2.mlp" in name or "layers.3.mlp" in name
+        assert rate == (0.3 if new else 0.1), name
+        learns_a_function = "numerator" in name or "denominator" in name
+        assert decay == (0.5 if model.get_parameter(name).ndim > 1 and not learns_a_function else 0.0), name
+    assert sum("denominator" in name for name in found) == 1
+
+
+class Narrow(nn.Module):
+    """A model that has memory for so many rows, in the forward pass or in the backward pass of its first block."""
+
+    def __init__(self, model: Any, most: int, where: str) -> None:
+        super().__init__()
+        self.most, self.where = most, where
+        model.get_decoder().register_forward_pre_hook(self.look, with_kwargs=True)
+        model.get_decoder().layers[2].register_forward_hook(self.lay)
+
+    def look(self, module: Any, inputs: Any, named: Any) -> None:
+        if self.where == "forward" and len(named["input_ids"]) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def lay(self, module: Any, inputs: Any, output: Any) -> None:
+        if self.where == "backward" and output.requires_grad and len(output) > self.most:
+            output.register_hook(self.fail)
+
+    def fail(self, gradient: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_too_little_memory_halves_the_batch_and_changes_nothing_else(
+    tiny_llama: Any, rows: Any, tmp_path: Path, where: str
+) -> None:
+    """The step that fails is done anew: what it had added to the gradient is gone."""
+    settings = TrainSettings(tokens=3 * 8 * 32, row_length=32, rows_per_step=8, heldout_rows=4, learning_rate=1e-2)
+
+    def run(name: str, batch_rows: int, most: int) -> tuple[Any, Any, list[str]]:
+        model, told = tiny_llama(), []
+        retrofit(model, KANSpec("2-3", "cheby2"))
+        Narrow(model, most, where)
+        result = train(model, *rows, settings, tmp_path / name, batch_rows=batch_rows,
+                       watch=lambda work, *rest: told.append(work))  # fmt: skip
+        return result, model, told
+
+    expected, truth, _ = run("two", 2, 2)
+    result, model, told = run("eight", 8, 3)
+    for name, value in truth.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert result.losses == expected.losses
+    words = [word for word in told if "memory" in word]
+    assert words == [f"out of memory; going on with {n} rows at once, 8 were asked for" for n in (4, 2)]
+    if where == "backward":
+        with pytest.raises(TrainingError, match="out of memory with one row at once; take a shorter --row-length"):
+            run("none", 8, 0)
+
+
+def test_a_batch_that_was_halved_stays_so_when_the_run_goes_on(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    settings = TrainSettings(tokens=3 * 4 * 32, row_length=32, rows_per_step=4, heldout_rows=4)
+    told: list[str] = []
+
+    def watch(work: str, done: int, total: int, note: str = "") -> None:
+        told.append(work)
+        if work == "training" and done == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    for _ in range(2):
+        model = tiny_llama()
+        retrofit(model, KANSpec("2-3", "cheby2"))
+        Narrow(model, 2, "backward")
+        with contextlib.suppress(Interrupted):
+            train(model, *rows, settings, tmp_path, batch_rows=4, watch=watch)
+    assert sum("out of memory" in word for word in told) == 1
+    assert sum(word == "training" for word in told) == 3
+
+
+def test_float16_scales_its_loss_and_leaves_out_steps_that_overflow(
+    tiny_llama: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first scale is far too large: steps are left out until it fits. A stopped run keeps the scale it had."""
+    settings = TrainSettings(tokens=12 * 64, row_length=32, rows_per_step=2, heldout_rows=4, learning_rate=1e-2)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(loop.torch.amp, "GradScaler", lambda *names, **more: scaler(*names, **more, init_scale=2.0**24))
+
+    def run(folder: str, stop_at: int = 0) -> tuple[Any, dict[str, torch.Tensor]]:
+        model = tiny_llama()
+        retrofit(model, KANSpec("2-3", "cheby2"))
+
+        def watch(work: str, done: int, total: int, note: str = "") -> None:
+            if work == "training" and done == stop_at:
+                signal.raise_signal(signal.SIGINT)
+
+        result = train(model, *rows, settings, tmp_path / folder, autocast=torch.float16, watch=watch)
+        return result, model.state_dict()
+
+    whole, expected = run("whole")
+    start = tiny_llama()
+    retrofit(start, KANSpec("2-3", "cheby2"))
+    moved = [name for name, value in start.state_dict().items() if not torch.equal(value, expected[name])]
+    assert moved
+    assert all(torch.isfinite(expected[name]).all() for name in moved)
+    with pytest.raises(Interrupted):
+        run("stopped", 5)
+    note = json.loads((tmp_path / "stopped" / "step-00000005" / "state.json").read_text())
+    assert 1 <= note["scaler"]["scale"] < 2.0**24
+    resumed, weights = run("stopped")
+    assert resumed == whole
+    assert all(torch.equal(value, weights[name]) for name, value in expected.items())
+
+
+def test_a_loss_scale_below_one_stops(
+    tiny_llama: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    model.model.layers[3].register_full_backward_hook(lambda *_: (torch.full((2, 32, 32), math.inf),))
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(loop.torch.amp, "GradScaler", lambda *names, **more: scaler(*names, **more, init_scale=4.0))
+    with pytest.raises(TrainingError, match="the gradient of step 3 is too large for float16"):
+        train(model, *rows, SMALL, tmp_path, autocast=torch.float16)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_anything_moves(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    """Where the loss is still finite, moving by such a gradient would spoil the state that is kept."""
+    model = tiny_llama()
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    passes = [0]
+
+    def spoil(module: Any, gradients: Any, outputs: Any) -> Any:
+        passes[0] += 1
+        return (gradients[0] * (math.nan if passes[0] == 3 else 1),)
+
+    model.model.layers[3].register_full_backward_hook(spoil)
+    with pytest.raises(TrainingError, match="the gradient of step 3 is nan; the state before it is kept"):
+        train(model, *rows, SMALL, tmp_path / "state")
+    (saved,) = (tmp_path / "state").iterdir()
+    assert saved.name == "step-00000002"
+    assert all(torch.isfinite(value).all() for value in load_file(saved / "state.safetensors").values())
+
+
+def test_a_curriculum_is_told_of_every_step_and_of_the_end(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    class Listener:
+        def set(self, step: int) -> None:
+            told.append(step)
+
+        def finish(self) -> None:
+            told.append("finished")
+
+    def interrupt(work: str, done: int, total: int, note: str = "") -> None:
+        if work == "training" and done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    for watch in (interrupt, nobody):
+        model = tiny_llama()
+        retrofit(model, KANSpec("2-3", "cheby2"))
+        with contextlib.suppress(Interrupted):
+            train(model, *rows, SMALL, tmp_path, watch=watch, curriculum=Listener())
+    assert told == [0, 1, 2, 3, 3, 4, 5, 6, 7, "finished"]
 
 
 def test_one_loss_curve_does_not_drift(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
@@ -367,13 +564,14 @@ def test_one_loss_curve_does_not_drift(tiny_llama: Any, rows: Any, tmp_path: Pat
 
 def test_autocast_is_used_and_parameters_stay_float32(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
     losses = []
-    for autocast in (None, torch.bfloat16):
+    for autocast in (None, torch.bfloat16, torch.float16):
         model = tiny_llama()
         retrofit(model, KANSpec("2-3", "cheby2"))
         losses.append(train(model, *rows, SMALL, tmp_path / str(autocast), autocast=autocast).losses)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert losses[0] != losses[1]
+    assert losses[0] != losses[1] != losses[2]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[2] == pytest.approx(losses[0], rel=5e-3)
 
 
 def test_a_step_that_was_finished_is_never_done_again(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
@@ -393,5 +591,6 @@ def test_a_step_that_was_finished_is_never_done_again(tiny_llama: Any, rows: Any
     model = tiny_llama()
     retrofit(model, KANSpec("2-3", "cheby2"))
     result = train(model, *rows, SMALL, tmp_path / "state", watch=lambda work, *rest: seen.append(work))
-    assert set(seen) == {"held-out loss"}
+    assert set(seen) == {seen[0], "held-out loss"}
+    assert seen[0].startswith("goes on from step 8 of 8")
     assert len(result.losses) == SMALL.steps

@@ -61,7 +61,7 @@ def make_batch(
         height: rows of the batch, if more: the first one again, bearing no loss.
     """
     chosen = [int(number) for number in numbers]
-    chosen += chosen[:1] * (height - len(chosen))
+    chosen += (chosen[:1] or [0]) * (height - len(chosen))
     found = rows.batch(chosen)
     found["targets"][len(numbers) :] = IGNORE
     batch = batch_of(found["input_ids"], found["position_ids"], found["targets"], device)
@@ -89,6 +89,7 @@ class Forward:
         model: what learns requires gradients, and nothing else does.
         autocast: dtype of the products, while parameters that learn stay as they are; None computes in the model's own.
         fast: whether to compile blocks and attend without masks; needs a GPU, and costs half a minute.
+        split: whether frozen blocks may be run by themselves; not where blocks are split over processes.
 
     What is frozen below the first learning block is run as in evaluation, in the compute dtype, and what it gives is
     rounded to that dtype, whether or not it is kept.
@@ -100,6 +101,7 @@ class Forward:
         *,
         autocast: torch.dtype | None = None,
         fast: bool = False,
+        split: bool = True,
     ) -> None:
         self.model = model.eval()
         self.autocast = autocast
@@ -108,7 +110,7 @@ class Forward:
         self._blocks = find_blocks(model)
         self._fast = fast and model.device.type == "cuda"
         self._packed = False
-        self.first, self._in_tuples = _place_to_split(model)
+        self.first, self._in_tuples = _place_to_split(model) if split else (0, False)
         self._caches: dict[str, PrefixCache] = {}
         self._frozen: list[nn.Module] = []
         self._next: tuple[Rows, tuple[int, ...], Future[Batch]] | None = None
@@ -189,12 +191,13 @@ class Forward:
         """The rows of these numbers, from `prefetch` where that was asked for them.
 
         Args:
-            height: rows of the batch if more, so that no other shape is compiled; the others bear no loss.
+            height: rows of the batch if more, so that no other shape is compiled, and none is empty; the others bear no
+                loss.
         """
         asked, self._next = self._next, None
         if asked and asked[0] is rows and asked[1] == tuple(numbers):
             return asked[2].result()
-        return self._batch(rows, tuple(numbers), height if self._fast else 0)
+        return self._batch(rows, tuple(numbers), height if self._fast or not len(numbers) else 0)
 
     def prefetch(self, rows: Rows, numbers: Sequence[int] | np.ndarray) -> None:
         """Gets a batch ready beside other work."""
@@ -213,6 +216,10 @@ class Forward:
         with self._precision():
             hidden = self.hidden(batch).flatten(0, 1).index_select(0, batch.bearing)  # (P, H)
             return loss_of(self.model, hidden, batch.targets), len(batch.targets)
+
+    def objective(self, batch: Batch) -> Tensor:
+        """What a step makes smaller, as a sum over positions."""
+        return self.loss_sum(batch)[0]
 
     def hidden(self, batch: Batch) -> Tensor:
         """What the decoder gives, final norm included: (B, T, H). Called where autocast is on."""

@@ -1,96 +1,53 @@
 """The training loop: equal data in equal order for every arm, and nothing lost when it is stopped.
 
-A step is a pure function of the seed and its number: which rows it sees, its learning rate, its random draws. So what
-has to be saved is the learning parameters, the optimiser's two moments, and how many steps are done; a run that was
-stopped anywhere ends, on a CPU, with the same bits as one that was not.
+What a step does is in step.py, how a batch goes through the model in forward.py, and what a stopped run needs to go on
+in state.py.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import Interrupted, TrainingError
-from kallm_bench.files import new_folder
 from kallm_bench.interrupts import StopRequest, deferred_stop
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.training.checks import agrees_with_model, keeps_documents_apart
 from kallm_bench.training.data import Rows
-from kallm_bench.training.forward import Batch, Forward
+from kallm_bench.training.fit import Fit
+from kallm_bench.training.forward import Forward
+from kallm_bench.training.optimiser import make_optimiser
+from kallm_bench.training.processes import ALONE, Processes, heard
 from kallm_bench.training.scope import apply_scope
+from kallm_bench.training.settings import TrainSettings
+from kallm_bench.training.sharding import shard
+from kallm_bench.training.state import State
+from kallm_bench.training.step import Stepper, batches_of, signals
 
 SAVE_EVERY_SECONDS = 60.0
+"""A state is saved that often,"""
+
+SAVE_SHARE = 0.05
+"""or less often, so that saving takes no more than this share of the time."""
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything that decides what training does.
+class Curriculum(Protocol):
+    """What changes in the model as training goes, by the number of the step alone."""
 
-    Args:
-        data, heldout: see data.prepare; heldout None holds out a part of `data`.
-        tokens: how many are seen, rounded down to whole steps; 0 trains nothing and measures the held-out loss alone.
-        row_length: tokens in a packed row.
-        rows_per_step: rows whose gradients make one step, however many go through the model at once.
-        scope: a key of scope.SCOPES.
-        tail_from: first block of the tail; None for the first replaced one.
-        learning_rate: its peak; it warms up linearly and falls as a cosine to a tenth.
-        warmup: share of the steps.
-        weight_decay, clip_norm: AdamW's decay, and the largest norm of a step's gradient.
-        heldout_rows: how many held-out rows are scored, at most.
-        seed: permutes the rows.
+    def set(self, step: int) -> None:
+        """Makes the model what it shall be in step number `step`, from 0."""
 
-    Raises:
-        TrainingError: a value out of its range.
-    """
-
-    data: str = "bundled"
-    heldout: str | None = None
-    tokens: int = 1_000_000
-    row_length: int = 1024
-    rows_per_step: int = 32
-    scope: str = "tail"
-    tail_from: int | None = None
-    learning_rate: float = 4e-4
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    heldout_rows: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in {"tokens": 0, "row_length": 2, "rows_per_step": 1, "heldout_rows": 1}.items():
-            if getattr(self, name) < least:
-                raise TrainingError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.seed < 0 or (self.tail_from or 0) < 0:
-            raise TrainingError(f"seed and tail_from must be at least 0, got {self.seed} and {self.tail_from}")
-        for name, (low, high) in {"learning_rate": (0, 1e3), "clip_norm": (0, math.inf)}.items():
-            if not low < getattr(self, name) < high:
-                raise TrainingError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        if not (0 <= self.warmup <= 1 and 0 <= self.weight_decay < math.inf):
-            raise TrainingError(
-                f"warmup is a share from 0 to 1 and weight_decay at least 0, got {self.warmup} and {self.weight_decay}"
-            )
-        if 0 < self.tokens < self.rows_per_step * self.row_length:
-            raise TrainingError(
-                f"{self.tokens} tokens do not fill one step of {self.rows_per_step} rows of {self.row_length}: "
-                "take more tokens, or fewer or shorter rows"
-            )
-
-    @property
-    def steps(self) -> int:
-        return self.tokens // (self.rows_per_step * self.row_length)
+    def finish(self) -> None:
+        """Makes the model what it shall be for good."""
 
 
 @dataclass(frozen=True)
@@ -113,24 +70,34 @@ def train(
     *,
     autocast: torch.dtype | None = None,
     batch_rows: int = 4,
+    watch: Watch = nobody,
+    resume: bool = True,
+    curriculum: Curriculum | None = None,
+    processes: Processes = ALONE,
+    sharded: bool = False,
     fast: bool = False,
     cache: Path | None = None,
-    watch: Watch = nobody,
 ) -> TrainResult:
     """Trains `model` in place, from where `state_folder` says an earlier run was stopped.
 
     Args:
         rows, heldout: what data.prepare returned.
         state_folder: where the state is kept while it runs; removed by the caller when the result is safe.
-        autocast: dtype of the products, the parameters staying as they are; None computes in the model's own.
-        batch_rows: rows that go through the model at once; changes memory and rounding, not the result.
+        autocast: dtype of the products, the parameters staying as they are; None computes in the model's own. float16
+            scales the loss, and leaves a step out where its gradient is too large for float16.
+        batch_rows: rows that go through the model at once; halved where memory runs out.
+        resume: whether a state that is there is taken up; else it is removed.
+        curriculum: told of every step before it is done.
+        processes: who else runs this call, with the same arguments.
+        sharded: whether the blocks' weights are split over the processes; `model` then lies on the CPU.
         fast: see Forward; it changes time and rounding, not the result.
         cache: folder in which to keep what frozen blocks give, for other runs that begin with them.
 
     Raises:
         Interrupted: a signal came; the state after the step it came in is saved.
-        TrainingError: too little data for one pass, a loss that is not finite (the last good state is kept), an
-            architecture whose decoder and head cannot be run apart, or a scope that cannot be.
+        TrainingError: too little data for one pass, a loss or gradient that is not finite (the last good state is
+            kept), no memory for one row, another process that has ended, an architecture whose decoder and head cannot
+            be run apart, or a scope that cannot be.
         DiskError: the state could not be saved; the last one is intact.
     """
     steps = settings.steps
@@ -139,63 +106,81 @@ def train(
             f"{rows.source} fills {len(rows)} rows of {settings.row_length} tokens, {steps} steps need "
             f"{steps * settings.rows_per_step}; take at most {len(rows) * settings.row_length} tokens"
         )
+    if sharded and autocast == torch.float16:
+        raise TrainingError("split weights and float16 do not go together; take --dtype bfloat16 or float32")
+    if steps:
+        apply_scope(model, settings.scope, settings.tail_from)
+    if sharded:
+        shard(model, processes)
     device = model.device
     if not agrees_with_model(model, rows.batch([0], device)["input_ids"][:, :8]):
         raise TrainingError(f"{type(model).__name__} does more between its decoder and its logits than is known here")
     if not keeps_documents_apart(model, rows.batch([0], device)["input_ids"][:, :16]):
         raise TrainingError(f"{type(model).__name__} lets documents packed into one row see each other")
-    if not steps:
-        with Forward(model, autocast=autocast) as forward:
-            loss, count = heldout_loss(forward, heldout, settings.heldout_rows, batch_rows, watch)
-        return TrainResult((), loss, _finite(loss), count, 0)
-    learning = apply_scope(model, settings.scope, settings.tail_from)
-    order = np.random.default_rng(settings.seed).permutation(len(rows))
-    state = _State(model, learning, settings, state_folder)
-    state.load(watch)
-    with Forward(model, autocast=autocast, fast=fast) as forward:
-        forward.keep(cache, (rows, heldout))
+    fit = Fit(batch_rows, watch, fixed=sharded)
+    with Forward(model, autocast=autocast, fast=fast and steps > 0, split=not sharded) as forward:
+
+        def measure() -> tuple[float, int]:
+            return heldout_loss(forward, heldout, settings.heldout_rows, fit, watch, processes)
+
+        if not steps:
+            loss, count = measure()
+            return TrainResult((), loss, _finite(loss), count, 0)
+        if kept := forward.keep(cache, (rows, heldout)):
+            watch(f"keeps what frozen blocks give in {cache}: {kept / 1e9:.1f} GB when all rows are there", 0, 0)
+        learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        optimiser = make_optimiser(model, learning, settings)
+        scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
+        state = State(learning, optimiser, scaler, state_folder, processes, fit)
+        if not resume:
+            state.discard()
+        elif state.load(watch):
+            watch(f"goes on from step {state.step} of {steps}, saved in {state_folder}", 0, 0)
         if state.heldout_before is None:
-            state.heldout_before = heldout_loss(forward, heldout, settings.heldout_rows, batch_rows, watch)[0]
+            state.heldout_before = measure()[0]
         forward.train(True)
-        _run(forward, rows, order, state, batch_rows, watch)
-        state.save()  # what follows may be stopped too
+        _run(Stepper(forward, rows, settings, state), curriculum, watch)
+        if curriculum:
+            curriculum.finish()
         forward.train(False)
-        after, tokens = heldout_loss(forward, heldout, settings.heldout_rows, batch_rows, watch)
-    count = sum(parameter.numel() for parameter in learning)
+        after, tokens = measure()
+    count = sum(parameter.numel() for parameter in learning.values())
     return TrainResult(tuple(state.losses), state.heldout_before, _finite(after), tokens, count)
 
 
-def _run(forward: Forward, rows: Rows, order: np.ndarray, state: _State, batch_rows: int, watch: Watch) -> None:
-    """All steps from where `state` stands."""
-    settings, steps = state.settings, state.settings.steps
-    last_save = time.monotonic()
+def _run(stepper: Stepper, curriculum: Curriculum | None, watch: Watch) -> None:
+    """All steps from where the state stands, which is saved now and then, and at the end."""
+    state, settings, rows = stepper.state, stepper.settings, stepper.rows
+    steps, height = settings.steps, settings.rows_per_step
+    order = np.random.default_rng(settings.seed).permutation(len(rows))[: steps * height]
+    saved_at, interval = time.monotonic(), SAVE_EVERY_SECONDS
 
     def stopping() -> None:
         watch("stopping; Ctrl-C again stops at once", state.step, steps)
 
     with deferred_stop(stopping) as stop:
         while state.step < steps:
-            first = state.step * settings.rows_per_step
-            numbers = order[first : first + settings.rows_per_step]
-            following = order[first + settings.rows_per_step :][:batch_rows] if state.step + 1 < steps else numbers[:0]
-            mean = _step(forward, rows, numbers, following, state, batch_rows, stop)
-            if mean is None:
-                state.save()
-                raise Interrupted(stop.number, f"training stands at step {state.step} of {steps}")
-            if not math.isfinite(mean):
+            if curriculum:
+                curriculum.set(state.step)
+            now, then = (order[number * height : (number + 1) * height] for number in (state.step, state.step + 1))
+            step = stepper.take(now, then, stop, due=time.monotonic() - saved_at > interval)
+            if step.trouble:
                 if state.step:
                     state.save()
-                raise TrainingError(
-                    f"the loss of step {state.step + 1} is {mean}; the state before it is kept. A lower learning rate "
-                    f"than {settings.learning_rate:g} may help"
-                )
-            state.advance(mean)
-            watch("training", state.step, steps, f"loss {mean:.3f}")
-            if stop or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+                raise TrainingError(step.trouble)
+            if step.loss is not None:
+                state.advance(step.loss)
+                watch("training", state.step, steps, f"loss {step.loss:.3f}")
+            if step.stopped_by or step.due:
+                began = time.monotonic()
                 state.save()
-                last_save = time.monotonic()
-            if stop:
-                raise Interrupted(stop.number, f"training stands at step {state.step} of {steps}")
+                saved_at = time.monotonic()
+                interval = max(SAVE_EVERY_SECONDS, (saved_at - began) / SAVE_SHARE)
+            if step.stopped_by:
+                raise Interrupted(step.stopped_by, f"training stands at step {state.step} of {steps}")
+        state.save()  # what follows may be stopped too
+        if number := _agreed(stop, state.processes, stepper.forward.model.device):
+            raise Interrupted(number, f"training stands at step {steps} of {steps}")
 
 
 def _finite(heldout_loss: float) -> float:
@@ -204,122 +189,17 @@ def _finite(heldout_loss: float) -> float:
     return heldout_loss
 
 
-class _State:
-    """What a stopped run needs to go on, in memory and on disk."""
-
-    def __init__(
-        self, model: PreTrainedModel, learning: list[nn.Parameter], settings: TrainSettings, folder: Path
-    ) -> None:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.parameters = {names[id(parameter)]: parameter for parameter in learning}
-        self.settings = settings
-        self.folder = folder
-        self.optimiser = torch.optim.AdamW(
-            learning, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=model.device.type == "cuda"
-        )
-        self.step = 0
-        self.losses: list[float] = []
-        self.heldout_before: float | None = None
-
-    def set_rate(self) -> None:
-        """The learning rate of the step to come: linear warm-up, then a cosine down to a tenth."""
-        steps, warmup = self.settings.steps, max(1, round(self.settings.warmup * self.settings.steps))
-        if self.step < warmup:
-            share = (self.step + 1) / warmup
-        else:
-            share = 0.55 + 0.45 * math.cos(math.pi * (self.step - warmup) / max(1, steps - warmup))
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.learning_rate * share
-
-    def advance(self, loss: float) -> None:
-        self.step += 1
-        self.losses.append(loss)
-
-    def save(self) -> None:
-        """Writes the state beside the last one, then removes that. At any moment one whole state stands on the disk."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            tensors[f"value.{name}"] = parameter.detach().contiguous()
-            for moment, tensor in self.optimiser.state[parameter].items():
-                tensors[f"{moment}.{name}"] = tensor.contiguous()
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        with new_folder(self.folder / f"step-{self.step:08d}", replace=True, needed_bytes=size) as temporary:
-            save_file(tensors, temporary / "state.safetensors")
-            note = {"step": self.step, "losses": self.losses, "heldout_before": self.heldout_before}
-            (temporary / "state.json").write_text(json.dumps(note), encoding="utf-8")
-        for path in self.folder.iterdir():  # older states, and what a killed run left half-written
-            if path.name != f"step-{self.step:08d}" and path.is_dir():
-                shutil.rmtree(path)
-
-    def load(self, watch: Watch) -> None:
-        """Takes up the newest state on disk, if there is one that can be read."""
-        for saved in sorted((path for path in self.folder.glob("step-*") if path.is_dir()), reverse=True):
-            try:
-                note = json.loads((saved / "state.json").read_text(encoding="utf-8"))
-                tensors = load_file(saved / "state.safetensors")
-                values = {name: tensors[f"value.{name}"] for name in self.parameters}
-                step, losses, before = int(note["step"]), list(note["losses"]), note["heldout_before"]
-                if len(losses) != step or any(values[name].shape != p.shape for name, p in self.parameters.items()):
-                    raise ValueError("it is of another run")
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-                watch(f"damaged, left aside: {saved}", 0, 0)
-                continue
-            self.step, self.losses, self.heldout_before = step, losses, before
-            self._take(tensors)
-            return
-
-    @torch.no_grad()
-    def _take(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"value.{name}"])
-            for moment in ("exp_avg", "exp_avg_sq", "step"):
-                if f"{moment}.{name}" in tensors:
-                    fused = self.optimiser.defaults["fused"]
-                    device = "cpu" if moment == "step" and not fused else parameter.device  # where AdamW keeps each
-                    self.optimiser.state[parameter][moment] = tensors[f"{moment}.{name}"].to(device)
-
-
-def _step(
-    forward: Forward,
-    rows: Rows,
-    numbers: np.ndarray,
-    following: np.ndarray,
-    state: _State,
-    batch_rows: int,
-    stop: StopRequest,
-) -> float | None:
-    """One optimiser step on the rows of these numbers; returns their mean loss before it.
-
-    The gradient is that of the mean over all loss-bearing tokens of the step, whatever `batch_rows`. None, with nothing
-    changed, where `stop` came between two batches. `following` are the rows to get ready meanwhile.
-    """
-    state.set_rate()
-    torch.manual_seed(state.settings.seed * 1_000_003 + state.step)  # dropout, in models that have it
-    bearing = [batch for batch in _batches(forward, rows, numbers, batch_rows) if len(batch.targets)]
-    if len(following):
-        forward.prefetch(rows, np.sort(following))
-    if not bearing:  # short rows may hold nobody's answer; the step then changes nothing
-        return state.losses[-1] if state.losses else 0.0
-    count = sum(len(batch.targets) for batch in bearing)
-    losses = []
-    for batch in bearing:
-        if stop:
-            state.optimiser.zero_grad()
-            return None
-        loss, _ = forward.loss_sum(batch)
-        torch.autograd.backward(loss / count)
-        losses.append(loss.detach())
-    mean = float(sum(losses)) / count
-    if math.isfinite(mean):
-        torch.nn.utils.clip_grad_norm_(state.parameters.values(), state.settings.clip_norm)
-        state.optimiser.step()
-    state.optimiser.zero_grad()
-    return mean
+def _agreed(stop: StopRequest, processes: Processes, device: torch.device) -> int:
+    """The signal that has asked some process to stop; 0 where none has."""
+    told = torch.tensor(signals(stop), dtype=torch.float64, device=device)
+    processes.sum([told])
+    interrupts, terminations = told.tolist()
+    return signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
 
 
 @torch.no_grad()
 def heldout_loss(
-    forward: Forward, heldout: Rows, most: int, batch_rows: int, watch: Watch = nobody
+    forward: Forward, heldout: Rows, most: int, fit: Fit, watch: Watch = nobody, processes: Processes = ALONE
 ) -> tuple[float, int]:
     """Mean loss over the first `most` held-out rows, and over how many tokens.
 
@@ -327,16 +207,20 @@ def heldout_loss(
         TrainingError: none of those tokens bears loss.
     """
     numbers = np.arange(min(most, len(heldout)))
-    total, count = 0.0, 0
-    for done, batch in enumerate(_batches(forward, heldout, numbers, batch_rows), 1):
-        loss, tokens = forward.loss_sum(batch)
-        total, count = total + float(loss), count + tokens
-        watch("held-out loss", min(done * batch_rows, len(numbers)), len(numbers))
+
+    def measure() -> Tensor:
+        told = torch.zeros(2, dtype=torch.float64, device=forward.model.device)
+        batches = batches_of(forward, heldout, numbers, fit, processes)
+        for done, batch in enumerate(batches, 1):
+            loss, count = forward.loss_sum(batch)
+            told += torch.stack([loss.double(), loss.new_tensor(count, dtype=torch.float64)])
+            watch("held-out loss", done, len(batches))
+        return told
+
+    with heard():
+        told = fit.within(measure)
+    processes.sum([told])
+    total, count = told.tolist()
     if count == 0:
         raise TrainingError(f"{heldout.source}: no token of the held-out rows is the assistant's, so none bears loss")
-    return total / count, count
-
-
-def _batches(forward: Forward, rows: Rows, numbers: np.ndarray, batch_rows: int) -> Iterator[Batch]:
-    for start in range(0, len(numbers), batch_rows):
-        yield forward.batch(rows, np.sort(numbers[start : start + batch_rows]), batch_rows)
+    return total / count, int(count)

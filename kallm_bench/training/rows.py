@@ -69,6 +69,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def bearing(self, numbers: Sequence[int] | np.ndarray) -> int:
+        """How many positions of these rows bear loss."""
+        return int((self.flags[numbers][:, 1:] & (LEARN | FIRST) == LEARN).sum())
+
     def batch(self, numbers: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The rows of these numbers as a model wants them.
 
