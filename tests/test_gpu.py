@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,8 @@ from kallm_bench.errors import Interrupted
 from kallm_bench.kan import BASES, KANLinear
 from kallm_bench.models import KANSpec, load_checkpoint, retrofit, save_checkpoint
 from kallm_bench.profiling import ProfileSettings, environment, measure_training
-from kallm_bench.training import TrainSettings, prepare, train
+from kallm_bench.training import Forward, TrainSettings, apply_scope, prepare, train
+from kallm_bench.training.data import FIRST, LEARN, Rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,6 +99,49 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_llama: Any, bundled_tokenizer:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert any(word.startswith("out of memory; going on with") for word in told)
+
+
+@pytest.mark.parametrize("arm", ["linear", "cheby2", "rational"])
+@pytest.mark.parametrize("kept", [False, True], ids=["computed", "kept"])
+def test_the_fast_way_is_as_near_the_truth_as_the_plain_one(
+    tiny_llama: Any, tmp_path: Path, arm: str, kept: bool
+) -> None:
+    """Compiled blocks, packed attention, recorded graphs: loss and gradients of two batches, one after the other."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 997, (12, 128)).astype(np.uint16)
+    flags = np.where(generator.random((12, 128)) < 0.4, LEARN, 0) | np.where(
+        generator.random((12, 128)) < 0.05, FIRST, 0
+    )
+    rows = Rows(tokens, flags.astype(np.uint8), "some rows", "fingerprint")
+
+    def figures(autocast: torch.dtype | None, fast: bool) -> list[torch.Tensor]:
+        model = tiny_llama(vocab_size=997, hidden_size=256, intermediate_size=512).to("cuda")
+        retrofit(model, KANSpec("2-3", arm, form="glu" if arm == "rational" else "stack"))
+        apply_scope(model, "tail")
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found = []
+        with Forward(model, autocast=autocast, fast=fast) as forward:
+            if kept:
+                forward.keep(tmp_path / str(autocast) / str(fast), [rows])
+            assert not fast or forward.recording
+            for again in range(2):
+                for numbers in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]):
+                    forward.keep_gradients(learning)
+                    batch = forward.batch(rows, numbers, 4)
+                    forward.prefetch(rows, [4, 5, 6, 7])
+                    loss = forward.objective(batch)
+                    loss.backward()
+                    with torch.no_grad():
+                        assert torch.equal(forward.loss_sum(batch)[0], loss)
+                    found.append(loss.detach())
+                forward.settle()
+            found += [parameter.grad for parameter in learning]
+        return [each.double().cpu() for each in found]
+
+    truth, plain, fast = figures(None, False), figures(torch.bfloat16, False), figures(torch.bfloat16, True)
+    for true, ours, theirs in zip(truth, plain, fast, strict=True):
+        rounding = 4 * torch.finfo(torch.bfloat16).eps * true.abs().max()
+        assert (theirs - true).abs().max() <= 2 * (ours - true).abs().max() + rounding
 
 
 def test_replies_on_the_device(tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path) -> None:

@@ -506,7 +506,9 @@ def test_a_loss_scale_below_one_stops(
 ) -> None:
     model = tiny_llama()
     retrofit(model, KANSpec("2-3", "cheby2"))
-    model.model.layers[3].register_full_backward_hook(lambda *_: (torch.full((2, 32, 32), math.inf),))
+    model.model.layers[3].register_full_backward_hook(
+        lambda module, gradients, outputs: (torch.full_like(gradients[0], math.inf),)
+    )
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(loop.torch.amp, "GradScaler", lambda *names, **more: scaler(*names, **more, init_scale=4.0))
     with pytest.raises(TrainingError, match="the gradient of step 3 is too large for float16"):

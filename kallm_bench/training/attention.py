@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 NAME = "kallm_packed"
 DOCUMENT = 128
@@ -28,8 +28,8 @@ class UnsupportedError(Exception):
 
 
 @contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `model` attends by `attend`, and wants `bounds_of` its batch with every call.
+def packed_attention(*modules: nn.Module) -> Iterator[None]:
+    """Inside, `modules` attend by `attend`, and want `bounds_of` its batch with every call.
 
     It makes no masks then, since transformers knows of none for that name.
 
@@ -43,7 +43,8 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     kernel: Callable[..., Tensor] = varlen.varlen_attn  # type: ignore[assignment]
     known = frozenset(inspect.signature(kernel).parameters)
     AttentionInterface.register(NAME, functools.partial(attend, kernel, known))
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    parts = [part for module in modules for part in module.modules()]
+    configs: dict[int, Any] = {id(part.config): part.config for part in parts if hasattr(part, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     try:
         for config in configs.values():

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from kallm_bench.models.anatomy import find_blocks
 from kallm_bench.training.attention import UnsupportedError, bounds_of, packed_attention
 from kallm_bench.training.data import IGNORE, Rows
+from kallm_bench.training.graphs import FrozenGraph, learning_graph
 from kallm_bench.training.loss import loss_of
 from kallm_bench.training.prefix_cache import PrefixCache
 
@@ -89,6 +90,7 @@ class Forward:
         model: what learns requires gradients, and nothing else does.
         autocast: dtype of the products, while parameters that learn stay as they are; None computes in the model's own.
         fast: whether to compile blocks and attend without masks; needs a GPU, and costs half a minute.
+        changes: whether the model's modules change as training goes, so that nothing can be recorded.
         split: whether frozen blocks may be run by themselves; not where blocks are split over processes.
 
     What is frozen below the first learning block is run as in evaluation, in the compute dtype, and what it gives is
@@ -102,19 +104,23 @@ class Forward:
         autocast: torch.dtype | None = None,
         fast: bool = False,
         split: bool = True,
+        changes: bool = False,
     ) -> None:
         self.model = model.eval()
         self.autocast = autocast
         self._device = model.device
-        self._dtype = autocast or next(model.parameters()).dtype
+        # float16 has no room for what some models add up between blocks
+        self._dtype = torch.bfloat16 if autocast == torch.bfloat16 else next(model.parameters()).dtype
         self._blocks = find_blocks(model)
+        self._changes = changes
         self._fast = fast and model.device.type == "cuda"
         self._packed = False
         self.first, self._in_tuples = _place_to_split(model) if split else (0, False)
         self._caches: dict[str, PrefixCache] = {}
         self._frozen: list[nn.Module] = []
         self._next: tuple[Rows, tuple[int, ...], Future[Batch]] | None = None
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._graphs: dict[tuple[Any, ...], Callable[..., Tensor]] | None = None
+        self._pool: Any = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Forward:
@@ -129,11 +135,13 @@ class Forward:
             for block in {id(block): block for block in (*self._frozen, *self._blocks[self.first :])}.values():
                 block.compile(dynamic=False)
                 self._stack.callback(setattr, block, "_compiled_call_impl", None)
+            if self._packed and self.first and not self._changes and not _drops_out(self.model):
+                self._graphs = {}
         return self
 
     def __exit__(self, *error: object) -> None:
         self._next = None
-        self._graphs.clear()
+        self._graphs, self._pool = None, None
         self._stack.close()
         self._frozen = []
         for cache in self._caches.values():
@@ -163,7 +171,7 @@ class Forward:
             with self._precision():
                 masked = self.hidden(sample)
                 try:
-                    trial.enter_context(packed_attention(self.model))
+                    trial.enter_context(packed_attention(self.model, *self._frozen))
                     self._packed = True
                     packed = self.hidden(sample)
                 except UnsupportedError:
@@ -175,6 +183,11 @@ class Forward:
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._device.type, self.autocast, enabled=self.autocast is not None)
+
+    @property
+    def recording(self) -> bool:
+        """Whether both parts are replayed from CUDA graphs."""
+        return self._graphs is not None
 
     def settle(self) -> None:
         """Waits until what was kept so far can be read, by this run and by others."""
@@ -225,15 +238,19 @@ class Forward:
         """What the decoder gives, final norm included: (B, T, H). Called where autocast is on."""
         if not self.first:
             return self._decode(batch)
-        with _entered(self._blocks, self.first, self.entering(batch), self._in_tuples):
-            return self._decode(batch)
+        entering = self.entering(batch)
+        return (
+            self._learning_part(batch, entering)
+            if self._graphs is None
+            else self._recorded("learning", batch, entering)
+        )
 
     @torch.no_grad()
     def entering(self, batch: Batch) -> Tensor:
         """What enters the first block that learns: (B, T, H), in the compute dtype."""
         if batch.entering is not None:
             return batch.entering
-        hidden = self._replayed(batch) if self._packed else self._frozen_part(batch)
+        hidden = self._recorded("frozen", batch) if self._graphs is not None else self._frozen_part(batch)
         if (cache := self._caches.get(batch.source)) is not None:
             cache.write(batch.numbers, hidden)
         return hidden
@@ -247,15 +264,51 @@ class Forward:
             casting.remove()
         return last.taken()
 
-    def _replayed(self, batch: Batch) -> Tensor:
-        """What the frozen blocks give, by a CUDA graph of that shape: hundreds of kernels for one call from Python.
+    def _learning_part(self, batch: Batch, entering: Tensor) -> Tensor:
+        with _entered(self._blocks, self.first, entering, self._in_tuples):
+            return self._decode(batch)
 
-        The result stands until the next batch, whose backward comes after this one's.
-        """
-        shape = (*batch.input_ids.shape, len(batch.bounds["cu_seq_lens_q"]))
-        if shape not in self._graphs:
-            self._graphs[shape] = _Graph(self._frozen_part, batch)
-        return self._graphs[shape](batch)
+    def _recorded(self, part: str, batch: Batch, *entering: Tensor) -> Tensor:
+        """What a part gives, by a CUDA graph of that shape; see graphs."""
+        assert self._graphs is not None
+        ends = batch.bounds["cu_seq_lens_q"]
+        inputs = (batch.input_ids, batch.position_ids, ends, *entering)
+        key = (part, *batch.input_ids.shape, len(ends))
+        if key not in self._graphs:
+            longest = batch.bounds["max_length_q"]
+
+            def run(ids: Tensor, positions: Tensor, ends: Tensor, *entering: Tensor) -> Tensor:
+                bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest}
+                fed = dataclasses.replace(batch, input_ids=ids, position_ids=positions, bounds=bounds)
+                return self._learning_part(fed, *entering) if entering else self._frozen_part(fed)
+
+            self._rest()
+            self._rest()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            with torch.autocast("cuda", self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+                if entering:
+                    self._graphs[key] = learning_graph(run, self.model.get_decoder(), inputs, self._pool)
+                else:
+                    self._graphs[key] = FrozenGraph(run, inputs, self._pool)
+        return self._graphs[key](*inputs)
+
+    def _rest(self) -> None:
+        """Waits until no other thread of ours asks the GPU for anything, as it must not while a graph is recorded."""
+        self.settle()
+        if self._next:
+            self._next[2].result()
+
+    def _rest(self) -> None:
+        """Waits until no other thread of ours asks the GPU for anything, as it must not while a graph is recorded."""
+        self.settle()
+        if self._next:
+            self._next[2].result()
+
+    def keep_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Has to be called after a batch's backward if another batch is run before its gradients are used."""
+        if self._graphs is not None:
+            for parameter in parameters:
+                parameter.grad = None if parameter.grad is None else parameter.grad.clone()
 
     def _cast_hidden(self, block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """Embeddings may be in float32; between frozen blocks everything is in the compute dtype."""
@@ -270,6 +323,9 @@ class Forward:
             0
         ]
         return hidden
+
+
+# --- entering a decoder at a block ------------------------------------------------------------------------------------
 
 
 # --- entering a decoder at a block ------------------------------------------------------------------------------------
@@ -300,6 +356,13 @@ class _Graph:
             here.copy_(there, non_blocking=True)
         self._graph.replay()
         return self._given
+
+
+def _drops_out(model: PreTrainedModel) -> bool:
+    """Whether anything is left out at random in training."""
+    text = model.config.get_text_config(decoder=True)
+    modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return modules or any("dropout" in name and value for name, value in text.to_dict().items())
 
 
 def first_learning(model: PreTrainedModel) -> int:

@@ -118,7 +118,9 @@ def train(
     if not keeps_documents_apart(model, rows.batch([0], device)["input_ids"][:, :16]):
         raise TrainingError(f"{type(model).__name__} lets documents packed into one row see each other")
     fit = Fit(batch_rows, watch, fixed=sharded)
-    with Forward(model, autocast=autocast, fast=fast and steps > 0, split=not sharded) as forward:
+    with Forward(
+        model, autocast=autocast, fast=fast and steps > 0, split=not sharded, changes=curriculum is not None
+    ) as forward:
 
         def measure() -> tuple[float, int]:
             return heldout_loss(forward, heldout, settings.heldout_rows, fit, watch, processes)

@@ -105,7 +105,9 @@ class Stepper:
         batches = batches_of(forward, self.rows, numbers, state.fit, state.processes)
         if len(own := state.processes.share(following)):
             forward.prefetch(self.rows, np.sort(own[: state.fit.rows]))
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if number:
+                forward.keep_gradients(state.learning.values())
             if stop and not together:
                 return total, True
             loss = forward.objective(batch)
