@@ -124,7 +124,7 @@ def test_the_fast_way_is_as_near_the_truth_as_the_plain_one(
             if kept:
                 forward.keep(tmp_path / str(autocast) / str(fast), [rows])
             assert not fast or forward.recording
-            for again in range(2):
+            for _ in range(2):
                 for numbers in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]):
                     forward.keep_gradients(learning)
                     batch = forward.batch(rows, numbers, 4)

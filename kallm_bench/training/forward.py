@@ -283,7 +283,6 @@ class Forward:
                 return self._learning_part(fed, *entering) if entering else self._frozen_part(fed)
 
             self._rest()
-            self._rest()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             with torch.autocast("cuda", self.autocast, enabled=self.autocast is not None, cache_enabled=False):
                 if entering:
@@ -291,12 +290,6 @@ class Forward:
                 else:
                     self._graphs[key] = FrozenGraph(run, inputs, self._pool)
         return self._graphs[key](*inputs)
-
-    def _rest(self) -> None:
-        """Waits until no other thread of ours asks the GPU for anything, as it must not while a graph is recorded."""
-        self.settle()
-        if self._next:
-            self._next[2].result()
 
     def _rest(self) -> None:
         """Waits until no other thread of ours asks the GPU for anything, as it must not while a graph is recorded."""
