@@ -45,6 +45,7 @@ class Bench:
         batch_size: sequences through the model at once; None chooses by device.
         processes: who else does this stage, where it is training; the first one files it.
         sharded: whether they split the model's weights.
+        prefix_cache: whether training keeps on disk what frozen blocks give, for other arms and seeds.
         watch: told of progress.
     """
 
@@ -60,6 +61,7 @@ class Bench:
     batch_size: int | None = None
     processes: Processes = ALONE
     sharded: bool = False
+    prefix_cache: bool = False
     watch: Watch = nobody
 
     @property

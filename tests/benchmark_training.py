@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import statistics
 import sys
@@ -100,14 +101,13 @@ def measure(arm: str, way: str, step: Callable[[], float], model: Any, rows: Row
         loss = step()
     if on_gpu:
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
     first, seconds = time.perf_counter() - begin, []
     for _ in range(steps):
         begin = time.perf_counter()
         loss = step()
         seconds.append(time.perf_counter() - begin)
     middle, tokens = statistics.median(seconds), count * rows.tokens.shape[1]
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    peak = torch.cuda.max_memory_reserved() if on_gpu else 0  # graphs keep memory that is not counted as allocated
     most = peak_flops(model.device, torch.bfloat16 if on_gpu else torch.float32)
     mfu = training_flops(model) * tokens / middle / most if most else None
     spread = (max(seconds) - min(seconds)) / middle
@@ -143,6 +143,8 @@ def main() -> None:
                     start = (start + asked.rows) % (asked.rows * (asked.steps + 5))
 
             with contextlib.ExitStack() as stack:
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
                 if way == "plain":
                     step = plain_step(model, rows, numbers(), autocast or torch.float32)
                 else:
@@ -160,6 +162,7 @@ def main() -> None:
                 show(found[-1])
             del model, step
             if device.type == "cuda":
+                gc.collect()
                 torch.cuda.empty_cache()
     if asked.out:
         facts = {"environment": environment(device), "settings": vars(asked) | {"out": None}}
