@@ -151,7 +151,7 @@ def main() -> None:
                     forward = stack.enter_context(Forward(model, autocast=autocast, fast=True))
                     if way == "cached":
                         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                        forward.keep(folder, [rows])
+                        forward.keep(folder, {rows: len(rows)})
                         fill = step_of(forward, rows, numbers(), settings)
                         for _ in range(asked.steps + 5):
                             fill()

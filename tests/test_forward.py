@@ -274,7 +274,7 @@ def test_what_was_kept_is_what_would_be_computed(tiny_llama: Any, tmp_path: Path
     def loss_of(folder: Path | None) -> float:
         model = frozen_model(tiny_llama)
         with Forward(model, autocast=autocast) as forward:
-            size = forward.keep(folder, [rows])
+            size = forward.keep(folder, {rows: 6})
             assert size == (0 if folder is None else 6 * 24 * 32 * (4 if autocast is None else 2))
             return forward.loss_sum(forward.batch(rows, numbers))[0].item()
 
@@ -291,7 +291,7 @@ def test_other_rows_weights_or_places_are_never_mixed_up(tiny_llama: Any, tmp_pa
     model, rows = frozen_model(tiny_llama), some_rows()
 
     def folder(of: Any, first: int = 2, dtype: torch.dtype = torch.float32, source: Rows = rows) -> str:
-        cache = PrefixCache(tmp_path, of, first, dtype, source)
+        cache = PrefixCache(tmp_path, of, first, dtype, source, 6)
         cache.close()
         return cache.folder.name
 
@@ -310,11 +310,11 @@ def test_other_rows_weights_or_places_are_never_mixed_up(tiny_llama: Any, tmp_pa
 def test_what_was_not_flushed_is_not_there(tiny_llama: Any, tmp_path: Path) -> None:
     """A process that is killed says nothing more; the next one finds what was said before, and no half-written row."""
     model, rows = frozen_model(tiny_llama), some_rows()
-    killed = PrefixCache(tmp_path, model, 2, torch.float32, rows)
+    killed = PrefixCache(tmp_path, model, 2, torch.float32, rows, 6)
     killed.write([0, 1], torch.ones(2, 24, 32))
     killed.flush()
     killed.write([2], torch.full((1, 24, 32), 2.0))
-    again = PrefixCache(tmp_path, model, 2, torch.float32, rows)
+    again = PrefixCache(tmp_path, model, 2, torch.float32, rows, 6)
     assert again.share == pytest.approx(2 / 6)
     assert again.read([2]) is None
     assert again.read([0, 2]) is None
@@ -324,7 +324,7 @@ def test_what_was_not_flushed_is_not_there(tiny_llama: Any, tmp_path: Path) -> N
     killed.close()
     again.close()
     (tmp_path / "prefix" / again.folder.name / "hidden.bin").write_bytes(b"")  # as if the disk had lost it
-    assert PrefixCache(tmp_path, model, 2, torch.float32, rows).read([0]) is None
+    assert PrefixCache(tmp_path, model, 2, torch.float32, rows, 6).read([0]) is None
 
 
 def test_a_disk_without_room_is_told_before_the_work(
@@ -332,13 +332,13 @@ def test_a_disk_without_room_is_told_before_the_work(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(DiskError, match=r"needs 0\.00 GB and the disk has 0\.00 GB free"):
-        PrefixCache(tmp_path, frozen_model(tiny_llama), 2, torch.float32, some_rows())
+        PrefixCache(tmp_path, frozen_model(tiny_llama), 2, torch.float32, some_rows(), 6)
 
 
 def test_a_write_that_fails_is_told_at_the_next(
     tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = PrefixCache(tmp_path, frozen_model(tiny_llama), 2, torch.float32, some_rows())
+    cache = PrefixCache(tmp_path, frozen_model(tiny_llama), 2, torch.float32, some_rows(), 6)
 
     def full(*arguments: Any) -> int:
         raise OSError(28, "No space left on device")
@@ -355,7 +355,7 @@ def test_embeddings_that_learn_are_not_kept(tiny_llama: Any, tmp_path: Path) -> 
     retrofit(model, KANSpec("2-3", "cheby2"))
     apply_scope(model, "tail+head")  # tied: the head's steps move what the first block is given
     with Forward(model) as forward:
-        assert forward.keep(tmp_path, [some_rows()]) == 0
+        assert forward.keep(tmp_path, {some_rows(): 6}) == 0
 
 
 def test_a_batch_that_was_asked_for_is_the_one_that_comes(tiny_llama: Any) -> None:

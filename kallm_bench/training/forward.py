@@ -148,10 +148,13 @@ class Forward:
             cache.close()
         self._caches = {}
 
-    def keep(self, folder: Path | None, several: Iterable[Rows]) -> int:
-        """From now on keeps what enters the first learning block on disk, for these rows; returns the bytes it takes.
+    def keep(self, folder: Path | None, several: Mapping[Rows, int]) -> int:
+        """From now on keeps what enters the first learning block on disk; returns the bytes that takes.
 
         0, and nothing is kept, where there is no folder, nothing frozen to run, or embeddings that learn.
+
+        Args:
+            several: how many rows of each are needed, from the first one on.
 
         Raises:
             DiskError: too little room.
@@ -159,8 +162,8 @@ class Forward:
         changes = any(parameter.requires_grad for parameter in self.model.get_input_embeddings().parameters())
         if folder is None or not self.first or changes:
             return 0
-        for rows in several:
-            self._caches[rows.fingerprint] = PrefixCache(folder, self.model, self.first, self._dtype, rows)
+        for rows, count in several.items():
+            self._caches[rows.fingerprint] = PrefixCache(folder, self.model, self.first, self._dtype, rows, count)
         return sum(cache.bytes for cache in self._caches.values())
 
     def _attend_packed(self) -> None:
