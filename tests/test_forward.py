@@ -20,7 +20,8 @@ from kallm_bench.models import KANSpec, retrofit
 from kallm_bench.training import Forward, apply_scope, loss
 from kallm_bench.training import attention as packed
 from kallm_bench.training.data import FIRST, LEARN, Rows
-from kallm_bench.training.forward import first_learning, make_batch
+from kallm_bench.training.entry import first_learning
+from kallm_bench.training.forward import make_batch
 from kallm_bench.training.prefix_cache import PrefixCache
 
 VOCABULARY = 97
