@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -17,11 +18,14 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2C
 
 from kallm_bench.files import DiskError
 from kallm_bench.models import KANSpec, retrofit
+from kallm_bench.models.anatomy import Anatomy
+from kallm_bench.models.sites import Site
 from kallm_bench.training import Forward, apply_scope, loss
 from kallm_bench.training import attention as packed
-from kallm_bench.training.data import FIRST, LEARN, Rows
+from kallm_bench.training.checks import agrees_with_model, keeps_documents_apart
+from kallm_bench.training.data import FIRST, IGNORE, LEARN, Rows
 from kallm_bench.training.entry import first_learning
-from kallm_bench.training.forward import make_batch
+from kallm_bench.training.forward import batch_of, make_batch
 from kallm_bench.training.prefix_cache import PrefixCache
 
 VOCABULARY = 97
@@ -96,6 +100,31 @@ def test_other_architectures_are_entered_too(name: str) -> None:
         assert forward.first == 3
         found, _ = forward.loss_sum(make_batch(rows, [0, 5]))
     torch.testing.assert_close(found.double(), truth(model, rows, [0, 5]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", architectures.KINDS)
+def test_every_architecture_is_trained_rightly_or_refused(kind: str) -> None:
+    if architectures.examine(kind).status != "covered":
+        pytest.skip("no retrofit")
+    model = next(made for depth in (2, 4) if (made := architectures.made(kind, depth)) is not None)
+    places = Anatomy(model).covered()
+    last = [number for number, place in enumerate(places) if isinstance(place, Site)][-1]
+    retrofit(model, KANSpec((last,), "cheby2", hidden=8, experts=True))
+    ids = torch.randint(3, 90, (1, 16))
+    if not (agrees_with_model(model, ids) and keeps_documents_apart(model, ids)):
+        pytest.skip("refused by train")
+    apply_scope(model, "tail")
+    targets = torch.cat([ids[:, 1:], torch.full((1, 1), IGNORE)], dim=1)
+    with Forward(model) as forward:
+        loss, count = forward.loss_sum(batch_of(ids, torch.arange(16)[None], targets))
+        loss.backward()
+    expected = F.cross_entropy(
+        model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:], reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    assert count == 15
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in learning(model))
 
 
 def test_a_decoder_that_cannot_be_entered_is_run_whole(tiny_llama: Any) -> None:

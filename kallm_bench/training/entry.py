@@ -1,7 +1,7 @@
 """Entering a decoder at a block, and leaving it before one, whatever the architecture does around its blocks.
 
-The decoder is run as it is, with masks, positions and norms of its own; in the places of blocks that shall not run stand
-modules that pass hidden states on, or put others in their place.
+The decoder is run as it is, with masks, positions and norms of its own; where a block shall not run stands a module
+that passes hidden states on, or puts others in their place.
 """
 
 from __future__ import annotations
