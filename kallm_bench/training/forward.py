@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -30,6 +33,9 @@ from kallm_bench.training.entry import entered, left, place_to_split
 from kallm_bench.training.graphs import FrozenGraph, learning_graph
 from kallm_bench.training.loss import loss_of
 from kallm_bench.training.prefix_cache import PrefixCache
+
+HALF = (torch.float16, torch.bfloat16)
+"""What the packed attention's kernel computes in."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class Forward:
         self._dtype = torch.bfloat16 if autocast == torch.bfloat16 else next(model.parameters()).dtype
         self._blocks = find_blocks(model)
         self._changes = changes
-        self._fast = fast and model.device.type == "cuda"
+        self._fast = fast and model.device.type == "cuda" and _can_compile()
         self._packed = False
         sample = _sample(model)
         self.first, self._in_tuples = (
@@ -172,6 +178,8 @@ class Forward:
 
     def _attend_packed(self) -> None:
         """Turns packed attention on for as long as the context lasts, if it is as near the truth as masks are."""
+        if (self.autocast or self._dtype) not in HALF:
+            return
         sample = _sample(self.model)
         with torch.no_grad(), ExitStack() as trial:
             truth = self._decode(sample)
@@ -181,7 +189,7 @@ class Forward:
                     trial.enter_context(packed_attention(self.model, *self._frozen))
                     self._packed = True
                     packed = self.hidden(sample)
-                except UnsupportedError:
+                except (UnsupportedError, RuntimeError):  # the latter of the kernel: an older GPU, or heads too wide
                     self._packed = False
                     return
             self._packed = bool((packed - truth).abs().mean() <= 2 * (masked - truth).abs().mean())
@@ -320,6 +328,12 @@ class Forward:
         answer = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **bounds)
         hidden: Tensor = answer[0]
         return hidden
+
+
+def _can_compile() -> bool:
+    """Whether torch.compile has what it needs for a GPU: Triton, and a C compiler for what launches its kernels."""
+    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(shutil.which(each) for each in compilers if each)
 
 
 def _drops_out(model: PreTrainedModel) -> bool:
