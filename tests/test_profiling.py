@@ -54,6 +54,20 @@ def test_a_profile_leaves_the_weights_alone(tiny_llama: Any) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_steps_are_measured_in_every_way(tiny_llama: Any) -> None:
+    model = tiny_llama(vocab_size=97)
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    settings = ProfileSettings(2, 64, repeats=2, ways=("plain", "ours", "kept"))
+    found = {metric.name: metric for metric in measure_training(model, settings)}
+    for way in ("", "/plain", "/kept"):
+        assert found[f"train_tokens_per_second{way}"].n == 2
+        assert found[f"peak_resident_bytes{way}"].value
+        assert found[f"train_mfu{way}"].value is None
+        assert found[f"train_mfu{way}"].note == "no data sheet is known of this device"
+    with pytest.raises(DeviceError, match=r"no way 'plane'\. Did you mean 'plain'"):
+        ProfileSettings(ways=("plane",))
+
+
 def test_a_training_step_needs_gradients_only_where_something_learns(tiny_llama: Any) -> None:
     model = tiny_llama(vocab_size=97)
     retrofit(model, KANSpec("3", "cheby2"))  # 32 -> 16 -> 32, two functions an edge

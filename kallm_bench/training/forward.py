@@ -209,6 +209,11 @@ class Forward:
         for cache in self._caches.values():
             cache.flush()
 
+    def fill(self, batch: Batch) -> None:
+        """Has a batch's way to the first learning block kept, for those that come."""
+        with self._precision():
+            self.entering(batch)
+
     def train(self, mode: bool) -> None:
         """Changes the model's mode: of what learns, and of all of it where nothing below is frozen."""
         self.model.train(mode and not self.first)
