@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GPTNeoXConfig, PhiConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    MistralConfig,
+    PhiConfig,
+)
 
 from kallm_bench.files import DiskError
 from kallm_bench.models import KANSpec, retrofit
@@ -247,21 +255,29 @@ def varlen(
     **options: Any,
 ) -> Tensor:
     """What torch's kernel promises, one sequence at a time; every one must be shorter than it was told."""
-    assert options.pop("window_size") == (-1, 0)
+    left, right = options.pop("window_size")
+    assert right == 0
     parts = []
     for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         assert 0 <= end - begin <= longest
         rows = [each[begin:end].transpose(0, 1)[None] for each in (query, key, value)]
-        parts.append(F.scaled_dot_product_attention(*rows, is_causal=True, **options)[0].transpose(0, 1))
+        sees = torch.ones(end - begin, end - begin, dtype=torch.bool).tril()
+        sees = sees if left < 0 else sees.triu(-left)
+        parts.append(F.scaled_dot_product_attention(*rows, attn_mask=sees, **options)[0].transpose(0, 1))
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("knows", [{"window_size"}, {"window_size", "enable_gqa", "scale"}], ids=["bare", "full"])
 def test_packed_attention_is_masked_attention(
-    tiny_llama: Any, knows: set[str], monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Any, knows: set[str], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel itself needs a GPU; what it is told is told here to one that does as it says."""
     model = tiny_llama(vocab_size=VOCABULARY, dtype=torch.float64)
+    if window:
+        model = AutoModelForCausalLM.from_config(
+            MistralConfig(**WIDE, sliding_window=window), dtype=torch.float64
+        ).eval()
     batch = make_batch(some_rows(), [2, 3])
     named = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     expected = model.get_decoder()(**named)[0]
@@ -334,7 +350,13 @@ def test_other_rows_weights_or_places_are_never_mixed_up(tiny_llama: Any, tmp_pa
     names = [folder(model), folder(changed), folder(model, 1), folder(model, 2, torch.bfloat16)]
     names.append(folder(model, source=other))
     assert len(set(names)) == 5
-    assert folder(tail) == folder(frozen_model(tiny_llama)) == names[0]
+    arms = [tiny_llama(vocab_size=VOCABULARY) for _ in range(3)]
+    for arm, spec in zip(arms, (KANSpec("2-3", "linear"), KANSpec("3", "legendre", seed=7), None), strict=True):
+        if spec:
+            retrofit(arm, spec)
+    assert {folder(each) for each in (tail, *arms)} == {names[0]}
+    retrofit(model, KANSpec("0", "cheby2"))
+    assert folder(model) not in names
 
 
 def test_what_was_not_flushed_is_not_there(tiny_llama: Any, tmp_path: Path) -> None:
@@ -353,8 +375,13 @@ def test_what_was_not_flushed_is_not_there(tiny_llama: Any, tmp_path: Path) -> N
     assert torch.equal(found, torch.ones(2, 24, 32))
     killed.close()
     again.close()
-    (tmp_path / "prefix" / again.folder.name / "hidden.bin").write_bytes(b"")  # as if the disk had lost it
-    assert PrefixCache(tmp_path, model, 2, torch.float32, rows, 6).read([0]) is None
+    (tmp_path / "prefix" / again.folder.name / "hidden.bin").unlink()  # as if somebody had made room
+    third = PrefixCache(tmp_path, model, 2, torch.float32, rows, 6)
+    third.write([3], torch.ones(1, 24, 32))
+    third.flush()
+    assert third.read([0]) is None
+    assert third.read([3]) is not None
+    third.close()
 
 
 def test_a_disk_without_room_is_told_before_the_work(

@@ -99,10 +99,11 @@ def attend(
     """
     if cu_seq_lens_q is None or dropout or softcap or others.get("s_aux") is not None:
         raise UnsupportedError("packed attention needs bounds, and knows no dropout, caps or sinks")
-    if sliding_window is not None and sliding_window < max_length_q:
-        raise UnsupportedError("a window shorter than the rows")
     batch, heads, length, width = query.shape
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    window = -1 if sliding_window is None else sliding_window - 1  # the token itself counts among those of a window
+    if window >= 0 and "window_size" not in known:
+        raise UnsupportedError("this torch has no windows")
+    options: dict[str, Any] = {"window_size": (window, 0)} if "window_size" in known else {"is_causal": True}
     if scaling is not None and scaling != width**-0.5:
         if "scale" not in known:
             raise UnsupportedError("this torch scales by the width of a head alone")

@@ -27,6 +27,7 @@ def agrees_with_model(model: PreTrainedModel, input_ids: Tensor) -> bool:
 def keeps_documents_apart(model: PreTrainedModel, input_ids: Tensor) -> bool:
     """Whether a document packed behind another is left alone by it. (1, T) token ids, T even: two documents of T/2."""
     half = input_ids.shape[1] // 2
+    input_ids = input_ids[:, : 2 * half]
     positions = torch.arange(half, device=input_ids.device).repeat(2)[None]
     changed = torch.cat([input_ids[:, :half].flip(1) + 1, input_ids[:, half:]], dim=1)
     first, second = (

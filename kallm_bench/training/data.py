@@ -18,7 +18,7 @@ from kallm_bench.errors import DataError
 from kallm_bench.training.conversations import Conversation, DataSource, find_data
 from kallm_bench.training.rows import FIRST, IGNORE, LEARN, Cut, Rows
 from kallm_bench.training.template import Template, tokenizer_fingerprint
-from kallm_bench.training.tokens import Documents, Progress, tokenised
+from kallm_bench.training.tokens import Documents, Progress, tokenised, tokens_key
 
 __all__ = [
     "FIRST",
@@ -79,7 +79,7 @@ def _rows(source: str, data: DataSource, documents: Documents, tokenizer: Any, r
     tokens, flags = (Cut(stream, begins, ends, row_length) for stream in (documents.tokens, documents.flags))
     if len(tokens) == 0:
         raise DataError(f"{source}: the {part} part has fewer than {row_length} tokens, which do not fill a row")
-    parts = [data.fingerprint, tokenizer_fingerprint(tokenizer), str(row_length), part, "packing-1"]
+    parts = [tokens_key(data, tokenizer), str(row_length), part, "packing-2"]
     return Rows(tokens, flags, source, hashlib.sha256("\n".join(parts).encode()).hexdigest())
 
 

@@ -25,6 +25,8 @@ class Fit:
         self.asked = self.rows = rows
         self.fixed = fixed
         self.watch = watch
+        self.release: Callable[[], None] = lambda: None
+        """Called when memory ran out, before less is tried: lets go of what stands in the way."""
 
     def within(self, work: Callable[[], T]) -> T:
         """What `work` returns; done anew from its beginning, with half as many rows, where memory ran out in it.
@@ -41,6 +43,7 @@ class Fit:
                     less = f"--batch-size {self.rows // 2}" if self.rows > 1 else "a shorter --row-length"
                     raise TrainingError(f"out of memory with {rows} at once; take {less}") from error
             # out here the error is gone, and with it its hold on what `work` had allocated
+            self.release()
             torch.cuda.empty_cache()
             self.rows //= 2
             now = f"{self.rows} rows" if self.rows > 1 else "one row"

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
-import os
-import shutil
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -28,6 +26,7 @@ from transformers import PreTrainedModel
 
 from kallm_bench.models.anatomy import find_blocks
 from kallm_bench.training.attention import UnsupportedError, bounds_of, packed_attention
+from kallm_bench.training.compiling import can_compile
 from kallm_bench.training.data import IGNORE, Rows
 from kallm_bench.training.entry import entered, left, place_to_split
 from kallm_bench.training.graphs import FrozenGraph, learning_graph
@@ -120,7 +119,7 @@ class Forward:
         self._dtype = torch.bfloat16 if autocast == torch.bfloat16 else next(model.parameters()).dtype
         self._blocks = find_blocks(model)
         self._changes = changes
-        self._fast = fast and model.device.type == "cuda" and _can_compile()
+        self._fast = fast and can_compile(model.device)
         self._packed = False
         sample = _sample(model)
         self.first, self._in_tuples = (
@@ -141,17 +140,19 @@ class Forward:
         if self._fast:
             self._attend_packed()
             # what is compiled of one block is used for all that are like it, and guarded by what they are not
-            self._stack.enter_context(dynamo_config.patch(recompile_limit=64, accumulated_recompile_limit=1024))
+            self._stack.enter_context(dynamo_config.patch(recompile_limit=1024, accumulated_recompile_limit=4096))
             for block in {id(block): block for block in (*self._frozen, *self._blocks[self.first :])}.values():
                 block.compile(dynamic=False)
                 self._stack.callback(setattr, block, "_compiled_call_impl", None)
-            if self._packed and self.first and not self._changes and not _drops_out(self.model):
+            if self._packed and self.first and not self._changes:
                 self._graphs = {}
         return self
 
     def __exit__(self, *error: object) -> None:
         self._next = None
-        self._graphs, self._pool = None, None
+        if self.recording:
+            self.release()
+            self._graphs = None
         self._stack.close()
         self._frozen = []
         for cache in self._caches.values():
@@ -173,12 +174,16 @@ class Forward:
         if folder is None or not self.first or changes:
             return 0
         for rows, count in several.items():
-            self._caches[rows.fingerprint] = PrefixCache(folder, self.model, self.first, self._dtype, rows, count)
+            self._caches[rows.fingerprint] = PrefixCache(
+                folder, self.model, self.first, self._dtype, rows, count, self.autocast
+            )
         return sum(cache.bytes for cache in self._caches.values())
 
     def _attend_packed(self) -> None:
         """Turns packed attention on for as long as the context lasts, if it is as near the truth as masks are."""
-        if (self.autocast or self._dtype) not in HALF:
+        text = self.model.config.get_text_config(decoder=True)
+        chunks = getattr(text, "attention_chunk_size", None)  # a limit in the masks alone
+        if (self.autocast or self._dtype) not in HALF or chunks or _drops_out(self.model):
             return
         sample = _sample(self.model)
         with torch.no_grad(), ExitStack() as trial:
@@ -232,9 +237,10 @@ class Forward:
             return asked[2].result()
         return self._batch(rows, tuple(numbers), height if self._fast or not len(numbers) else 0)
 
-    def prefetch(self, rows: Rows, numbers: Sequence[int] | np.ndarray) -> None:
-        """Gets a batch ready beside other work."""
-        self._next = rows, tuple(numbers), self._worker.submit(self._batch, rows, tuple(numbers))
+    def prefetch(self, rows: Rows, numbers: Sequence[int] | np.ndarray, height: int = 0) -> None:
+        """Gets a batch ready beside other work; arguments as `batch`."""
+        height = height if self._fast else 0
+        self._next = rows, tuple(numbers), self._worker.submit(self._batch, rows, tuple(numbers), height)
 
     def _batch(self, rows: Rows, numbers: tuple[int, ...], height: int = 0) -> Batch:
         batch = make_batch(rows, numbers, self._device, height)
@@ -280,34 +286,53 @@ class Forward:
                 self._decode(batch)
         finally:
             casting.remove()
-        return last.taken()
+        return last.taken().to(self._dtype)
 
     def _learning_part(self, batch: Batch, entering: Tensor) -> Tensor:
         with entered(self._blocks, self.first, entering, self._in_tuples):
             return self._decode(batch)
 
     def _recorded(self, part: str, batch: Batch, *entering: Tensor) -> Tensor:
-        """What a part gives, by a CUDA graph of that shape; see graphs."""
+        """What a part gives, by a CUDA graph of that shape; see graphs. Not by one where it cannot be recorded."""
         assert self._graphs is not None
         ends = batch.bounds["cu_seq_lens_q"]
         inputs = (batch.input_ids, batch.position_ids, ends, *entering)
-        key = (part, *batch.input_ids.shape, len(ends))
+        key = (part, self._blocks[-1].training, *batch.input_ids.shape, len(ends))
+        longest = batch.bounds["max_length_q"]
+
+        def run(ids: Tensor, positions: Tensor, ends: Tensor, *entering: Tensor) -> Tensor:
+            bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest}
+            fed = dataclasses.replace(batch, input_ids=ids, position_ids=positions, bounds=bounds)
+            return self._learning_part(fed, *entering) if entering else self._frozen_part(fed)
+
         if key not in self._graphs:
-            longest = batch.bounds["max_length_q"]
-
-            def run(ids: Tensor, positions: Tensor, ends: Tensor, *entering: Tensor) -> Tensor:
-                bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest}
-                fed = dataclasses.replace(batch, input_ids=ids, position_ids=positions, bounds=bounds)
-                return self._learning_part(fed, *entering) if entering else self._frozen_part(fed)
-
-            self._rest()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            with torch.autocast("cuda", self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-                if entering:
-                    self._graphs[key] = learning_graph(run, self.model.get_decoder(), inputs, self._pool)
-                else:
-                    self._graphs[key] = FrozenGraph(run, inputs, self._pool)
+            try:
+                self._graphs[key] = self._record(run, inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # something of it waits for the GPU, as routing among experts may
+                self._graphs = None
+                return run(*inputs)
         return self._graphs[key](*inputs)
+
+    def _record(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        self._rest()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        precision = torch.autocast("cuda", self.autocast, enabled=self.autocast is not None, cache_enabled=False)
+        with precision, torch.cuda.stream(torch.cuda.current_stream()):  # a recording that fails leaves its own behind
+            if len(inputs) > 3:
+                return learning_graph(run, self.model.get_decoder(), inputs, self._pool)
+            return FrozenGraph(run, inputs, self._pool)
+
+    def release(self) -> None:
+        """Forgets recordings and gradients, and gives back the memory that they hold."""
+        self._pool = None
+        if self._graphs is not None:
+            self._graphs = {}
+        self.model.zero_grad(set_to_none=True)
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _rest(self) -> None:
         """Waits until no other thread of ours asks the GPU for anything, as it must not while a graph is recorded."""
@@ -333,12 +358,6 @@ class Forward:
         answer = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **bounds)
         hidden: Tensor = answer[0]
         return hidden
-
-
-def _can_compile() -> bool:
-    """Whether torch.compile has what it needs for a GPU: Triton, and a C compiler for what launches its kernels."""
-    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
-    return importlib.util.find_spec("triton") is not None and any(shutil.which(each) for each in compilers if each)
 
 
 def _drops_out(model: PreTrainedModel) -> bool:

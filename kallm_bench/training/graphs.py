@@ -62,9 +62,10 @@ def learning_graph(
 
     The gradients of parameters lie in the graph's memory: whoever runs it again before they were used copies them out.
     """
+    fed = (*(sample.clone() for sample in samples[:-1]), samples[-1])  # what enters need not be copied where it is
     with torch.enable_grad():
         recorded: Any = torch.cuda.make_graphed_callables(
-            _Function(function, module), samples, num_warmup_iters=WARM_UPS, allow_unused_input=True, pool=pool
+            _Function(function, module), fed, num_warmup_iters=WARM_UPS, allow_unused_input=True, pool=pool
         )
     graphed: Callable[..., Tensor] = recorded
     return graphed

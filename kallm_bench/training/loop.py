@@ -128,6 +128,7 @@ def train(
         if not steps:
             loss, count = measure()
             return TrainResult((), loss, _finite(loss), count, 0)
+        fit.release = forward.release
         if kept := forward.keep(cache, {rows: steps * settings.rows_per_step, heldout: settings.heldout_rows}):
             watch(f"keeps what frozen blocks give in {cache}: {kept / 1e9:.1f} GB when all rows are there", 0, 0)
         learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -140,6 +141,7 @@ def train(
             watch(f"goes on from step {state.step} of {steps}, saved in {state_folder}", 0, 0)
         if state.heldout_before is None:
             state.heldout_before = measure()[0]
+            forward.settle()
         forward.train(True)
         _run(Stepper(forward, rows, settings, state), curriculum, watch)
         if curriculum:
@@ -176,6 +178,7 @@ def _run(stepper: Stepper, curriculum: Curriculum | None, watch: Watch) -> None:
             if step.stopped_by or step.due:
                 began = time.monotonic()
                 state.save()
+                stepper.forward.settle()
                 saved_at = time.monotonic()
                 interval = max(SAVE_EVERY_SECONDS, (saved_at - began) / SAVE_SHARE)
             if step.stopped_by:

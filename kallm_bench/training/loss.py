@@ -20,6 +20,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kallm_bench.training.compiling import can_compile
+
 CHUNK = {"cuda": 2048, "cpu": 1024}
 """Positions whose logits exist at one time: 2,048 × 49,152 in bfloat16 are 192 MiB."""
 
@@ -87,7 +89,7 @@ class _SummedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if learns[0] else None
         d_weight = torch.zeros_like(weight) if learns[1] else None
         d_bias = torch.zeros_like(bias) if bias is not None and learns[2] else None
-        of_logits, size = _loss_and_slope(hidden.device.type), CHUNK.get(hidden.device.type, CHUNK["cpu"])
+        of_logits, size = _loss_and_slope(hidden.device), CHUNK.get(hidden.device.type, CHUNK["cpu"])
         for start in range(0, len(hidden), size):
             part = hidden[start : start + size]  # (C, H)
             loss, slope = of_logits(part @ values.T, shift, targets[start : start + size], shape.scale, shape.cap)
@@ -109,9 +111,9 @@ class _SummedLoss(torch.autograd.Function):
 
 
 @functools.cache
-def _loss_and_slope(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _loss_and_slope(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
     """On a GPU one pass over the logits for each of the two, rather than one for each operation."""
-    return torch.compile(_loss_and_slope_of_logits) if device == "cuda" else _loss_and_slope_of_logits
+    return torch.compile(_loss_and_slope_of_logits) if can_compile(device) else _loss_and_slope_of_logits
 
 
 def _loss_and_slope_of_logits(

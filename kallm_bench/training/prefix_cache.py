@@ -9,6 +9,7 @@ without see the same numbers.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kallm_bench.files import DiskError, check_room, explained, write_file
+from kallm_bench.models import specs_of
 from kallm_bench.models.anatomy import find_blocks
 from kallm_bench.training.data import Rows
 
@@ -28,8 +30,19 @@ WAITING = 4
 
 
 def prefix_fingerprint(model: PreTrainedModel, first: int) -> str:
-    """sha256 over everything that decides what enters block `first`: configuration, and values outside later blocks."""
-    digest = hashlib.sha256(model.config.get_text_config(decoder=True).to_json_string().encode())
+    """sha256 over everything that decides what enters block `first`: configuration, and values outside later blocks.
+
+    What was put into later blocks does not count, so that arms and seeds that begin alike share what was computed.
+    """
+    described = model.config.get_text_config(decoder=True).to_dict()
+    for name in ("kallm", "architectures", "_name_or_path", "transformers_version", "dtype"):
+        described.pop(name, None)
+    below = [
+        {**spec.to_json(), "blocks": sorted(here), "seed": None}
+        for spec in specs_of(model.config)
+        if (here := [int(block) for block in spec.blocks if int(block) < first])
+    ]
+    digest = hashlib.sha256(json.dumps([described, below], sort_keys=True, default=str).encode())
     later = {id(each) for block in find_blocks(model)[first:] for each in block.parameters()}
     for name, value in model.get_decoder().named_parameters():
         if id(value) not in later:
@@ -44,6 +57,7 @@ class PrefixCache:
     Args:
         folder: where caches are kept.
         model, first, dtype: whose, before which block, in which dtype; its weights are read through once.
+        autocast: what its products are computed in.
         rows, count: of which data, and how many of its rows are needed, from the first one on.
 
     Raises:
@@ -51,10 +65,17 @@ class PrefixCache:
     """
 
     def __init__(
-        self, folder: Path, model: PreTrainedModel, first: int, dtype: torch.dtype, rows: Rows, count: int
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        first: int,
+        dtype: torch.dtype,
+        rows: Rows,
+        count: int,
+        autocast: torch.dtype | None = None,
     ) -> None:
         width = model.config.get_text_config(decoder=True).hidden_size
-        parts = [prefix_fingerprint(model, first), rows.fingerprint, str(first), str(dtype), "prefix-1"]
+        parts = [prefix_fingerprint(model, first), rows.fingerprint, str(first), str(dtype), str(autocast), "prefix-2"]
         self.folder = folder / "prefix" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
         self.rows = rows.fingerprint
         count = min(count, len(rows))
@@ -138,9 +159,13 @@ class PrefixCache:
             packed = np.frombuffer((self.folder / "there.bin").read_bytes(), dtype=np.uint8)
         except OSError:
             return np.zeros(rows, dtype=bool)
-        if len(packed) != -(-rows // 8):
+        there = np.unpackbits(packed)[:rows].astype(bool)
+        known = np.flatnonzero(there)
+        holds = os.fstat(self._file).st_size // self._row_bytes
+        if len(packed) != -(-rows // 8) or (len(known) and known[-1] >= holds):  # what it speaks of is gone
+            (self.folder / "there.bin").unlink(missing_ok=True)
             return np.zeros(rows, dtype=bool)
-        return np.unpackbits(packed)[:rows].astype(bool)
+        return there
 
 
 def size_of(rows: Rows, count: int, width: int, dtype: torch.dtype) -> int:

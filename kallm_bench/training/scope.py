@@ -63,8 +63,12 @@ def apply_scope(model: PreTrainedModel, scope: str, tail_from: int | None = None
     model.requires_grad_(False)
     for parameter in learning:
         parameter.requires_grad_(True)
+    embeddings = model.get_input_embeddings()
+    for number, hook in list(embeddings._forward_hooks.items()):
+        if hook is _detach:  # of an earlier scope
+            del embeddings._forward_hooks[number]
     if scope != "all":
-        model.get_input_embeddings().register_forward_hook(_detach)
+        embeddings.register_forward_hook(_detach)
     return learning
 
 
@@ -73,8 +77,11 @@ def _detach(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Te
 
 
 def after_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """What a decoder applies after its last block: the norms beside its list of blocks."""
+    """What a decoder applies after its last block: the norms beside its list of blocks. OPT names its own first."""
     blocks = find_blocks(model)
     decoder = next(module for module in model.modules() if any(child is blocks for child in module.children()))
-    children = list(decoder.children())
-    return [child for child in children[children.index(blocks) + 1 :] if any(True for _ in child.parameters())]
+    children = list(decoder.named_children())
+    place = next(number for number, (_, child) in enumerate(children) if child is blocks)
+    last = [child for name, child in children[:place] if name.startswith("final")]
+    last += [child for _, child in children[place + 1 :]]
+    return [child for child in last if any(True for _ in child.parameters())]

@@ -102,9 +102,11 @@ class Stepper:
         draw = (self.settings.seed * 1_000_003 + state.step) * state.processes.count + state.processes.number
         set_seed(draw % SEEDS)  # dropout, in models that have it
         total = torch.zeros((), dtype=torch.float64, device=forward.model.device)
+        state.scaler.scale(total)  # it has to be asked once, also where nothing of this process bears loss
         batches = batches_of(forward, self.rows, numbers, state.fit, state.processes)
         if len(own := state.processes.share(following)):
-            forward.prefetch(self.rows, np.sort(own[: state.fit.rows]))
+            height = min(state.fit.rows, len(own))
+            forward.prefetch(self.rows, np.sort(own[:height]), height)
         for number, batch in enumerate(batches):
             if number:
                 forward.keep_gradients(state.learning.values())
@@ -146,7 +148,8 @@ def batches_of(forward: Forward, rows: Rows, numbers: np.ndarray, fit: Fit, proc
     """
     own = processes.share(numbers)
     starts = range(0, len(own), fit.rows)
-    batches = [forward.batch(rows, np.sort(own[start : start + fit.rows]), fit.rows) for start in starts]
+    height = min(fit.rows, len(own))
+    batches = [forward.batch(rows, np.sort(own[start : start + fit.rows]), height) for start in starts]
     if not fit.fixed:
         return [batch for batch in batches if len(batch.targets)]
     most = math.ceil(math.ceil(len(numbers) / processes.count) / fit.rows)

@@ -54,6 +54,13 @@ class Documents:
         return len(self.starts) - 1
 
 
+def tokens_key(source: DataSource, tokenizer: Any) -> str:
+    """sha256 over everything that decides which tokens a data set becomes. DataError where there is no tokenizer."""
+    special = json.dumps(tokenizer.special_tokens_map if tokenizer else {}, sort_keys=True, default=str)
+    parts = [source.fingerprint, tokenizer_fingerprint(tokenizer), special, f"tokens-{VERSION}"]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def tokenised(
     source: DataSource, tokenizer: Any, cache: Path, progress: Progress = lambda done, total: None
 ) -> Documents:
@@ -63,9 +70,7 @@ def tokenised(
         DataError: malformed data, with the line; none at all; a chat template that cannot be used.
         DiskError: no space, or no permission, in `cache`; nothing is left there then.
     """
-    special = json.dumps(tokenizer.special_tokens_map if tokenizer else {}, sort_keys=True, default=str)
-    parts = [source.fingerprint, tokenizer_fingerprint(tokenizer), special, f"tokens-{VERSION}"]
-    folder = cache / "tokens" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+    folder = cache / "tokens" / tokens_key(source, tokenizer)[:20]
 
     def wait() -> None:
         progress(0, 0)
