@@ -27,8 +27,9 @@ from kallm_bench.models.anatomy import find_blocks
 from kallm_bench.training.attention import UnsupportedError, bounds_of, packed_attention
 from kallm_bench.training.data import IGNORE, Rows
 from kallm_bench.training.graphs import FrozenGraph, learning_graph
-from kallm_bench.training.loss import loss_of
+from kallm_bench.training.loss import Objective, loss_of
 from kallm_bench.training.prefix_cache import PrefixCache
+from kallm_bench.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Forward:
         fast: whether to compile blocks and attend without masks; needs a GPU, and costs half a minute.
         changes: whether the model's modules change as training goes, so that nothing can be recorded.
         split: whether frozen blocks may be run by themselves; not where blocks are split over processes.
+        teacher: whose word counts in what a step makes smaller; it goes the same ways as the model.
 
     What is frozen below the first learning block is run as in evaluation, in the compute dtype, and what it gives is
     rounded to that dtype, whether or not it is kept.
@@ -105,8 +107,10 @@ class Forward:
         fast: bool = False,
         split: bool = True,
         changes: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         self.model = model.eval()
+        self._teacher = teacher
         self.autocast = autocast
         self._device = model.device
         # float16 has no room for what some models add up between blocks
@@ -121,6 +125,7 @@ class Forward:
         self._next: tuple[Rows, tuple[int, ...], Future[Batch]] | None = None
         self._graphs: dict[tuple[Any, ...], Callable[..., Tensor]] | None = None
         self._pool: Any = None
+        self._teachers_pool: Any = None  # its own: it runs between parts whose results still stand
         self._stack = ExitStack()
 
     def __enter__(self) -> Forward:
@@ -132,7 +137,10 @@ class Forward:
             self._attend_packed()
             # what is compiled of one block is used for all that are like it, and guarded by what they are not
             self._stack.enter_context(dynamo_config.patch(recompile_limit=64, accumulated_recompile_limit=1024))
-            for block in {id(block): block for block in (*self._frozen, *self._blocks[self.first :])}.values():
+            teaching = self._teacher.tail if self._teacher else []
+            for block in {
+                id(block): block for block in (*self._frozen, *self._blocks[self.first :], *teaching)
+            }.values():
                 block.compile(dynamic=False)
                 self._stack.callback(setattr, block, "_compiled_call_impl", None)
             if self._packed and self.first and not self._changes and not _drops_out(self.model):
@@ -141,7 +149,7 @@ class Forward:
 
     def __exit__(self, *error: object) -> None:
         self._next = None
-        self._graphs, self._pool = None, None
+        self._graphs = self._pool = self._teachers_pool = None
         self._stack.close()
         self._frozen = []
         for cache in self._caches.values():
@@ -171,7 +179,8 @@ class Forward:
             with self._precision():
                 masked = self.hidden(sample)
                 try:
-                    trial.enter_context(packed_attention(self.model, *self._frozen))
+                    others = [self._teacher.base] if self._teacher else []
+                    trial.enter_context(packed_attention(self.model, *self._frozen, *others))
                     self._packed = True
                     packed = self.hidden(sample)
                 except UnsupportedError:
@@ -186,7 +195,7 @@ class Forward:
 
     @property
     def recording(self) -> bool:
-        """Whether both parts are replayed from CUDA graphs."""
+        """Whether all parts are replayed from CUDA graphs."""
         return self._graphs is not None
 
     def settle(self) -> None:
@@ -230,9 +239,18 @@ class Forward:
             hidden = self.hidden(batch).flatten(0, 1).index_select(0, batch.bearing)  # (P, H)
             return loss_of(self.model, hidden, batch.targets), len(batch.targets)
 
-    def objective(self, batch: Batch) -> Tensor:
-        """What a step makes smaller, as a sum over positions."""
-        return self.loss_sum(batch)[0]
+    def objective(self, batch: Batch) -> Objective:
+        """What a step makes smaller, and the cross-entropy in it. What enters the learning part is computed once."""
+        if self._teacher is None:
+            loss, _ = self.loss_sum(batch)
+            return Objective(loss, loss.detach())
+        with self._precision():
+            if self.first:
+                batch = dataclasses.replace(batch, entering=self.entering(batch))
+            # a copy, since a graph's result stands only until it is replayed
+            wanted = self._teachers_word(batch).flatten(0, 1).index_select(0, batch.bearing)
+            hidden = self.hidden(batch).flatten(0, 1).index_select(0, batch.bearing)  # (P, H)
+            return self._teacher.loss(hidden, batch.targets, wanted)
 
     def hidden(self, batch: Batch) -> Tensor:
         """What the decoder gives, final norm included: (B, T, H). Called where autocast is on."""
@@ -268,6 +286,23 @@ class Forward:
         with _entered(self._blocks, self.first, entering, self._in_tuples):
             return self._decode(batch)
 
+    @torch.no_grad()
+    def _teachers_word(self, batch: Batch) -> Tensor:
+        """The teacher's final hidden states (B, T, H)."""
+        assert self._teacher is not None
+        begins = self.first and self.first == self._teacher.enters_at
+        entering = [batch.entering] if begins and batch.entering is not None else []
+        return (
+            self._teaching_part(batch, *entering)
+            if self._graphs is None
+            else self._recorded("teaching", batch, *entering)
+        )
+
+    def _teaching_part(self, batch: Batch, entering: Tensor | None = None) -> Tensor:
+        assert self._teacher is not None
+        bounds = batch.bounds if self._packed else {}
+        return self._teacher.hidden(batch.input_ids, batch.position_ids, entering, **bounds)
+
     def _recorded(self, part: str, batch: Batch, *entering: Tensor) -> Tensor:
         """What a part gives, by a CUDA graph of that shape; see graphs."""
         assert self._graphs is not None
@@ -280,12 +315,17 @@ class Forward:
             def run(ids: Tensor, positions: Tensor, ends: Tensor, *entering: Tensor) -> Tensor:
                 bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest}
                 fed = dataclasses.replace(batch, input_ids=ids, position_ids=positions, bounds=bounds)
+                if part == "teaching":
+                    return self._teaching_part(fed, *entering)
                 return self._learning_part(fed, *entering) if entering else self._frozen_part(fed)
 
             self._rest()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             with torch.autocast("cuda", self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-                if entering:
+                if part == "teaching":
+                    self._teachers_pool = self._teachers_pool or torch.cuda.graph_pool_handle()
+                    self._graphs[key] = FrozenGraph(run, inputs, self._teachers_pool)
+                elif entering:
                     self._graphs[key] = learning_graph(run, self.model.get_decoder(), inputs, self._pool)
                 else:
                     self._graphs[key] = FrozenGraph(run, inputs, self._pool)
@@ -318,39 +358,6 @@ class Forward:
         return hidden
 
 
-# --- entering a decoder at a block ------------------------------------------------------------------------------------
-
-
-# --- entering a decoder at a block ------------------------------------------------------------------------------------
-
-
-class _Graph:
-    """A function of batches of one shape, recorded once and replayed."""
-
-    def __init__(self, function: Callable[[Batch], Tensor], sample: Batch) -> None:
-        ends = sample.bounds["cu_seq_lens_q"].clone()
-        bounds = {**sample.bounds, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-        self._fed = (sample.input_ids.clone(), sample.position_ids.clone(), ends)
-        fed = dataclasses.replace(sample, input_ids=self._fed[0], position_ids=self._fed[1], bounds=bounds)
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(2):  # compiles, and lets libraries make what they keep
-                function(fed)
-        torch.cuda.current_stream().wait_stream(beside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # another thread prepares batches
-            self._given: Tensor = function(fed)
-
-    def __call__(self, batch: Batch) -> Tensor:
-        for here, there in zip(
-            self._fed, (batch.input_ids, batch.position_ids, batch.bounds["cu_seq_lens_q"]), strict=True
-        ):
-            here.copy_(there, non_blocking=True)
-        self._graph.replay()
-        return self._given
-
-
 def _drops_out(model: PreTrainedModel) -> bool:
     """Whether anything is left out at random in training."""
     text = model.config.get_text_config(decoder=True)
@@ -363,6 +370,9 @@ def first_learning(model: PreTrainedModel) -> int:
     blocks = find_blocks(model)
     learns = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
     return learns.index(True) if any(learns) else len(blocks) - 1
+
+
+# --- entering a decoder at a block ------------------------------------------------------------------------------------
 
 
 class _Passing(nn.Module):
