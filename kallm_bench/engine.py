@@ -272,7 +272,8 @@ class Lessons:
         """The same for a checkpoint: with the untouched model if that takes part, else without. Raises as _base_of."""
         if not (self.curriculum.needs_base or self.distillation.active):
             return dataclasses.replace(self, base=None)
-        return dataclasses.replace(self, base=self.base or (_base_of(ref) if ref.lineage else ref))
+        made = ref.lineage or specs_of(load_config(ref.open()))
+        return dataclasses.replace(self, base=self.base or (_base_of(ref) if made else ref))
 
     def described(self) -> dict[str, Any]:
         """The part of a stage's settings; where there are none, nothing, so that keys are what they were."""
