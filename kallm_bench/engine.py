@@ -483,13 +483,14 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     ref = find_ref(cell.model)
     records = []
     begin(_part(cell, "retrofit"))
+    start = ref
     if (wanted := _spec_of(cell, ref)) is not None:
-        start, spec, text = ref, wanted, _calibration_of(cell)
+        spec, text = wanted, _calibration_of(cell)
         records.append(retrofit(bench, start, spec, calibration=text, weights_needed=False))
         ref = ref_after(records[-1], start, remake=lambda: retrofit(bench, start, spec, calibration=text))
     if "train" in cell.stages:
         begin(_part(cell, "train"))
-        records.append(train_model(bench, ref, cell.train, lessons=_lessons_of(cell)))
+        records.append(train_model(bench, ref, cell.train, lessons=_lessons_of(cell, start)))
         ref = ref_after(records[-1], ref)
     if "eval-bbh" in cell.stages:
         begin(_part(cell, "eval-bbh"))
@@ -508,8 +509,9 @@ def _spec_of(cell: Cell, ref: ModelRef) -> KANSpec | None:
     return dataclasses.replace(cell.spec, params=parameters_of(config, complete_spec(config, cell.match)))
 
 
-def _lessons_of(cell: Cell) -> Lessons:
-    return Lessons(cell.curriculum, cell.distillation).of(find_ref(cell.model))
+def _lessons_of(cell: Cell, ref: ModelRef) -> Lessons:
+    """Of a cell whose model is `ref`."""
+    return Lessons(cell.curriculum, cell.distillation).of(ref)
 
 
 def _calibration_of(cell: Cell) -> CalibrationSettings | None:
@@ -521,13 +523,13 @@ def check_cell(cell: Cell) -> None:
     ref = find_ref(cell.model)
     config = load_config(ref.open())
     if spec := _spec_of(cell, ref):
-        complete_spec(config, spec)
+        spec = complete_spec(config, spec)
     if text := _calibration_of(cell):
         _data_of(text)
     replaced = bool(cell.spec or specs_of(config))
     if cell.train.steps and "train" in cell.stages:
         check_scope(cell.train.scope, replaced=replaced, tail_from=cell.train.tail_from)
-        _check_lessons(cell, config, spec and complete_spec(config, spec))
+        _check_lessons(cell, _lessons_of(cell, ref), config, spec)
     if cell.profile.scope != "none" and "profile" in cell.stages:
         check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
     tokenizer_fingerprint(load_tokenizer(ref.open()))
@@ -538,9 +540,8 @@ def check_cell(cell: Cell) -> None:
         load_questions(cell.eval.source, cell.eval.tasks, cell.eval.limit, cell.eval.questions_seed)
 
 
-def _check_lessons(cell: Cell, config: PreTrainedConfig, spec: KANSpec | None) -> None:
-    """Asks a model without values whether it can have the cell's curriculum."""
-    lessons = _lessons_of(cell)
+def _check_lessons(cell: Cell, lessons: Lessons, config: PreTrainedConfig, spec: KANSpec | None) -> None:
+    """Asks a model without values whether it can have a cell's curriculum."""
     if not lessons.curriculum.active:
         return
     config = copy.deepcopy(config)
