@@ -34,6 +34,13 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the folder if it e
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the random start, or of the order of the data.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16. auto: bfloat16 on a GPU, else float32.")]
+PrefixCache = Annotated[
+    bool,
+    typer.Option(
+        "--prefix-cache",
+        help="Keep on disk what frozen blocks give, for other arms and seeds on the same data: about 1 KB a token.",
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences at once; chosen by device if left out.")]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that CKPT brings; look at it first.")]
@@ -179,6 +186,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run of this command stands, or anew.")
     ] = True,
+    prefix_cache: PrefixCache = False,
     shard: Annotated[
         bool, typer.Option("--shard", help="Split the weights over the processes (FSDP): for models that do not fit.")
     ] = False,
@@ -221,6 +229,7 @@ def train(
                     seed=seed,
                 )
                 bench = _bench(results, display, device, dtype, batch_size, seed, processes=processes, sharded=shard)
+                bench = dataclasses.replace(bench, prefix_cache=prefix_cache)
                 ref = find_ref(checkpoint, trust_remote_code)
                 lessons = engine.Lessons(
                     distillation=DistillationSettings(distill, temperature),
@@ -415,6 +424,7 @@ def run(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
+    prefix_cache: PrefixCache = False,
     results: Results = Path("results"),
     as_json: Json = False,
 ) -> None:
@@ -436,6 +446,7 @@ def run(
         return
     with console.Display(engine.plan_of(read)) as display:
         bench = _bench(results, display, device, dtype, batch_size, suite_file=suite)
+        bench = dataclasses.replace(bench, prefix_cache=prefix_cache)
         records, failures = engine.run_suite(bench, read, begin=display.begin)
     report = engine.write_report(bench.store, read, bench.testbed, records)
     _tell_damaged(bench.store)

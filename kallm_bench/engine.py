@@ -81,6 +81,9 @@ from kallm_bench.training import (
 START_VERSION = 2
 """Raised when a change of code changes what a calibrated start finds. 2: distilling begins at the right variance."""
 
+FAST_TOKENS = 2_000_000
+"""From so many on, the quarter of a minute that compiling blocks takes on a GPU is won back."""
+
 
 def retrofit(
     bench: Bench,
@@ -351,6 +354,7 @@ def _train(
     def load(device: torch.device | str, which: ModelRef = ref) -> PreTrainedModel:
         return load_model(which.open(), torch.float32, device)[0]
 
+    on_gpu = bench.device.type == "cuda"
     model = load("cpu" if bench.sharded else bench.device)
     base = load(model.device, lessons.base) if lessons.base else None
     curriculum = make_curriculum(model, lessons.curriculum, settings, base)
@@ -371,7 +375,9 @@ def _train(
         settings,
         _state_of(stage),
         autocast=bench.autocast,
-        batch_rows=bench.batch_size or (8 if bench.device.type == "cuda" else 4),
+        batch_rows=bench.batch_size or (32 if on_gpu else 4),
+        fast=on_gpu and settings.tokens >= FAST_TOKENS and not bench.sharded,
+        cache=cache_folder() if bench.prefix_cache else None,
         watch=bench.watch,
         resume=resume,
         curriculum=curriculum,

@@ -28,7 +28,7 @@ from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Artifact, Metric, ResultsStore, RunRecord, settings_key
 from kallm_bench.training import ALONE, Processes
 
-CODE = {"retrofit": 1, "train": 2, "eval-bbh": 1, "profile": 1, "kernels": 1}
+CODE = {"retrofit": 1, "train": 2, "eval-bbh": 1, "profile": 2, "kernels": 1}
 """The stages, and the version of each one's code: raise it when a change of code changes results."""
 
 
@@ -45,6 +45,7 @@ class Bench:
         batch_size: sequences through the model at once; None chooses by device.
         processes: who else does this stage, where it is training; the first one files it.
         sharded: whether they split the model's weights.
+        prefix_cache: whether training keeps on disk what frozen blocks give, for other arms and seeds.
         watch: told of progress.
     """
 
@@ -60,6 +61,7 @@ class Bench:
     batch_size: int | None = None
     processes: Processes = ALONE
     sharded: bool = False
+    prefix_cache: bool = False
     watch: Watch = nobody
 
     @property

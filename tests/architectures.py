@@ -126,6 +126,14 @@ def make(kind: str, depth: int) -> PreTrainedModel:
         raise NoTinyModelError(f"these sizes make none, with {type(error).__name__}") from error
 
 
+def made(kind: str, depth: int) -> PreTrainedModel | None:
+    """The same, or None."""
+    try:
+        return make(kind, depth)
+    except NoTinyModelError:
+        return None
+
+
 def exercise(model: PreTrainedModel) -> None:
     """One training step, greedy tokens with and without the cache, and what is saved comes back."""
     model.train()

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -17,10 +18,14 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2C
 
 from kallm_bench.files import DiskError
 from kallm_bench.models import KANSpec, retrofit
+from kallm_bench.models.anatomy import Anatomy
+from kallm_bench.models.sites import Site
 from kallm_bench.training import Forward, apply_scope, loss
 from kallm_bench.training import attention as packed
-from kallm_bench.training.data import FIRST, LEARN, Rows
-from kallm_bench.training.forward import first_learning, make_batch
+from kallm_bench.training.checks import agrees_with_model, keeps_documents_apart
+from kallm_bench.training.data import FIRST, IGNORE, LEARN, Rows
+from kallm_bench.training.entry import first_learning
+from kallm_bench.training.forward import batch_of, make_batch
 from kallm_bench.training.prefix_cache import PrefixCache
 
 VOCABULARY = 97
@@ -95,6 +100,31 @@ def test_other_architectures_are_entered_too(name: str) -> None:
         assert forward.first == 3
         found, _ = forward.loss_sum(make_batch(rows, [0, 5]))
     torch.testing.assert_close(found.double(), truth(model, rows, [0, 5]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", architectures.KINDS)
+def test_every_architecture_is_trained_rightly_or_refused(kind: str) -> None:
+    if architectures.examine(kind).status != "covered":
+        pytest.skip("no retrofit")
+    model = next(made for depth in (2, 4) if (made := architectures.made(kind, depth)) is not None)
+    places = Anatomy(model).covered()
+    last = [number for number, place in enumerate(places) if isinstance(place, Site)][-1]
+    retrofit(model, KANSpec((last,), "cheby2", hidden=8, experts=True))
+    ids = torch.randint(3, 90, (1, 16))
+    if not (agrees_with_model(model, ids) and keeps_documents_apart(model, ids)):
+        pytest.skip("refused by train")
+    apply_scope(model, "tail")
+    targets = torch.cat([ids[:, 1:], torch.full((1, 1), IGNORE)], dim=1)
+    with Forward(model) as forward:
+        loss, count = forward.loss_sum(batch_of(ids, torch.arange(16)[None], targets))
+        loss.backward()
+    expected = F.cross_entropy(
+        model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:], reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    assert count == 15
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in learning(model))
 
 
 def test_a_decoder_that_cannot_be_entered_is_run_whole(tiny_llama: Any) -> None:
@@ -277,7 +307,7 @@ def test_what_was_kept_is_what_would_be_computed(tiny_llama: Any, tmp_path: Path
     def loss_of(folder: Path | None) -> float:
         model = frozen_model(tiny_llama)
         with Forward(model, autocast=autocast) as forward:
-            size = forward.keep(folder, [rows])
+            size = forward.keep(folder, {rows: 6})
             assert size == (0 if folder is None else 6 * 24 * 32 * (4 if autocast is None else 2))
             return forward.loss_sum(forward.batch(rows, numbers))[0].item()
 
@@ -294,7 +324,7 @@ def test_other_rows_weights_or_places_are_never_mixed_up(tiny_llama: Any, tmp_pa
     model, rows = frozen_model(tiny_llama), some_rows()
 
     def folder(of: Any, first: int = 2, dtype: torch.dtype = torch.float32, source: Rows = rows) -> str:
-        cache = PrefixCache(tmp_path, of, first, dtype, source)
+        cache = PrefixCache(tmp_path, of, first, dtype, source, 6)
         cache.close()
         return cache.folder.name
 
@@ -313,11 +343,11 @@ def test_other_rows_weights_or_places_are_never_mixed_up(tiny_llama: Any, tmp_pa
 def test_what_was_not_flushed_is_not_there(tiny_llama: Any, tmp_path: Path) -> None:
     """A process that is killed says nothing more; the next one finds what was said before, and no half-written row."""
     model, rows = frozen_model(tiny_llama), some_rows()
-    killed = PrefixCache(tmp_path, model, 2, torch.float32, rows)
+    killed = PrefixCache(tmp_path, model, 2, torch.float32, rows, 6)
     killed.write([0, 1], torch.ones(2, 24, 32))
     killed.flush()
     killed.write([2], torch.full((1, 24, 32), 2.0))
-    again = PrefixCache(tmp_path, model, 2, torch.float32, rows)
+    again = PrefixCache(tmp_path, model, 2, torch.float32, rows, 6)
     assert again.share == pytest.approx(2 / 6)
     assert again.read([2]) is None
     assert again.read([0, 2]) is None
@@ -327,7 +357,7 @@ def test_what_was_not_flushed_is_not_there(tiny_llama: Any, tmp_path: Path) -> N
     killed.close()
     again.close()
     (tmp_path / "prefix" / again.folder.name / "hidden.bin").write_bytes(b"")  # as if the disk had lost it
-    assert PrefixCache(tmp_path, model, 2, torch.float32, rows).read([0]) is None
+    assert PrefixCache(tmp_path, model, 2, torch.float32, rows, 6).read([0]) is None
 
 
 def test_a_disk_without_room_is_told_before_the_work(
@@ -335,13 +365,13 @@ def test_a_disk_without_room_is_told_before_the_work(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(DiskError, match=r"needs 0\.00 GB and the disk has 0\.00 GB free"):
-        PrefixCache(tmp_path, frozen_model(tiny_llama), 2, torch.float32, some_rows())
+        PrefixCache(tmp_path, frozen_model(tiny_llama), 2, torch.float32, some_rows(), 6)
 
 
 def test_a_write_that_fails_is_told_at_the_next(
     tiny_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = PrefixCache(tmp_path, frozen_model(tiny_llama), 2, torch.float32, some_rows())
+    cache = PrefixCache(tmp_path, frozen_model(tiny_llama), 2, torch.float32, some_rows(), 6)
 
     def full(*arguments: Any) -> int:
         raise OSError(28, "No space left on device")
@@ -358,7 +388,7 @@ def test_embeddings_that_learn_are_not_kept(tiny_llama: Any, tmp_path: Path) -> 
     retrofit(model, KANSpec("2-3", "cheby2"))
     apply_scope(model, "tail+head")  # tied: the head's steps move what the first block is given
     with Forward(model) as forward:
-        assert forward.keep(tmp_path, [some_rows()]) == 0
+        assert forward.keep(tmp_path, {some_rows(): 6}) == 0
 
 
 def test_a_batch_that_was_asked_for_is_the_one_that_comes(tiny_llama: Any) -> None:

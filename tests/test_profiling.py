@@ -11,8 +11,10 @@ import torch
 from kallm_bench.errors import DeviceError
 from kallm_bench.models import KANSpec, retrofit
 from kallm_bench.profiling import ProfileSettings, find_device, find_dtype, flops_per_token, measure_training
+from kallm_bench.profiling.flops import peak_flops, training_flops
 from kallm_bench.profiling.memory import peak_memory
 from kallm_bench.profiling.throughput import throughput
+from kallm_bench.training import apply_scope
 
 
 def test_flops_are_two_for_each_weight_of_a_product(tiny_llama: Any) -> None:
@@ -50,6 +52,40 @@ def test_a_profile_leaves_the_weights_alone(tiny_llama: Any) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     measure_training(model, ProfileSettings(1, 32, repeats=2), torch.bfloat16)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_steps_are_measured_in_every_way(tiny_llama: Any) -> None:
+    model = tiny_llama(vocab_size=97)
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    settings = ProfileSettings(2, 64, repeats=2, ways=("plain", "ours", "kept"))
+    found = {metric.name: metric for metric in measure_training(model, settings)}
+    for way in ("", "/plain", "/kept"):
+        assert found[f"train_tokens_per_second{way}"].n == 2
+        assert found[f"peak_resident_bytes{way}"].value
+        assert found[f"train_mfu{way}"].value is None
+        assert found[f"train_mfu{way}"].note == "no data sheet is known of this device"
+    with pytest.raises(DeviceError, match=r"no way 'plane'\. Did you mean 'plain'"):
+        ProfileSettings(ways=("plane",))
+
+
+def test_a_training_step_needs_gradients_only_where_something_learns(tiny_llama: Any) -> None:
+    model = tiny_llama(vocab_size=97)
+    retrofit(model, KANSpec("3", "cheby2"))  # 32 -> 16 -> 32, two functions an edge
+    attention, feedforward, head, kan = 32 * 32 + 2 * 32 * 16 + 32 * 32, 3 * 32 * 64, 32 * 97, 2 * 2 * 32 * 16
+    apply_scope(model, "tail")
+    below = 3 * (attention + feedforward)
+    assert training_flops(model, bearing=0.5) == 2 * (below + 3 * (attention + kan) + 2 * head * 0.5)
+    model = tiny_llama(vocab_size=97)
+    apply_scope(model, "all")
+    assert training_flops(model) == 3 * flops_per_token(model)
+
+
+def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_flops(torch.device("cpu"), torch.float32) is None
+    names = iter(["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA Nothing 1"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
+    found = [peak_flops(torch.device("cuda"), torch.bfloat16) for _ in range(3)]
+    assert found == [989e12, 756e12, None]
 
 
 def test_what_measures_nothing_or_is_not_there_is_refused() -> None:

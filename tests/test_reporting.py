@@ -94,6 +94,21 @@ def only_table(bench: Bench) -> Table:
     return table
 
 
+def test_training_steps_are_compared_way_by_way(bench: Bench) -> None:
+    settings = {"batch": 32, "length": 1024, "repeats": 5, "scope": "tail", **PLACE}
+    speeds = [("", 800.0), ("/plain", 200.0), ("/kept", 1800.0)]
+    metrics = [Metric(f"train_tokens_per_second{way}", speed, n=5) for way, speed in speeds]
+    bench.record("profile", "kan", 0, settings, [*metrics, Metric("train_mfu", None, note="unknown")])
+    bench.record("profile", "other", 0, settings, metrics[:1])  # one way alone is nothing to compare
+    table = next(table for table in build_tables(bench.store) if table.kind == "training")
+    assert [row.name for row in table.rows] == ["kan"] * 3
+    assert [row.figures["train_to_plain"].value for row in table.rows] == [1.0, 4.0, 9.0]
+    assert table.metrics == ("train_tokens_per_second", "train_to_plain")
+    text = to_markdown([table])
+    assert "| kan | kallm train |  | 800 | 4.00 |" in text
+    assert "32 rows of 1,024 tokens" in text
+
+
 def test_seeds_are_averaged_with_an_interval(bench: Bench) -> None:
     for seed, loss in enumerate((2.389, 2.391, 2.398)):
         bench.arm("kan", seed, {"basis": "cheby2", "degree": 2, "hidden": 384}, loss, right=8, replaced=100)

@@ -36,7 +36,7 @@ CHAT = [
         {"role": "assistant", "content": "\n6, I think"},
     ],
 ]
-GOLDEN_LOSSES = [10.82101, 10.79846, 10.72243, 10.67208, 10.63595, 10.53562, 10.67593, 10.62781]
+GOLDEN_LOSSES = [10.83190, 10.80989, 10.65261, 10.67655, 10.68972, 10.70056, 10.51415, 10.65640]
 SMALL = TrainSettings(tokens=8 * 2 * 32, row_length=32, rows_per_step=2, scope="tail", heldout_rows=4)
 
 
@@ -305,14 +305,24 @@ def test_a_killed_run_goes_on_from_its_last_state(
     assert first[0] == 5
 
 
-def test_seeds_permute_the_same_rows(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:
-    losses = []
+def test_seeds_permute_the_same_rows(
+    tiny_llama: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rows that are enough, each once, so that what is kept of them serves every seed."""
+    seen: list[int] = []
+    batch = loop.Rows.batch
+    monkeypatch.setattr(loop.Rows, "batch", lambda rows, numbers, *more: seen.extend(numbers) or batch(rows, numbers))
+    losses, orders = [], []
     for seed in (0, 0, 1):
         model = tiny_llama()
         retrofit(model, KANSpec("2-3", "cheby2"))
-        settings = TrainSettings(tokens=64, row_length=32, rows_per_step=2, heldout_rows=4, seed=seed)
+        settings = TrainSettings(tokens=4 * 64, row_length=32, rows_per_step=2, heldout_rows=2, seed=seed)
         losses.append(train(model, *rows, settings, tmp_path / f"{len(losses)}").losses)
+        orders.append(seen[4:-2])  # two rows to check the architecture, and the held-out rows before and after
+        seen.clear()
     assert losses[0] == losses[1] != losses[2]
+    assert orders[0] == orders[1] != orders[2]
+    assert all(sorted(order) == list(range(8)) for order in orders)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def kan_linear(
         constant = family[1][0] * coefficients[:, 0].sum(-1)
         coefficients, bias = coefficients[:, 1:], constant if bias is None else constant + bias
     bias = bias if bias is None else bias.to(dtype)
-    y: Tensor = layer.edge_functions(x, coefficients.to(dtype), bias, *family, basis.squash)
+    # as F.linear under autocast: kernels take x and coefficients in one dtype, and it is what backward keeps
+    y: Tensor = layer.edge_functions(x.to(dtype), coefficients.to(dtype), bias, *family, basis.squash)
     return y if linear is None else y + F.linear(x, linear)
 
 

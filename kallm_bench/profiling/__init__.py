@@ -4,7 +4,8 @@ from kallm_bench.profiling.flops import flops_per_token
 from kallm_bench.profiling.hardware import environment, find_device, find_dtype, identity
 from kallm_bench.profiling.kernels import measure_kernels
 from kallm_bench.profiling.problems import KernelProblem, KernelSettings, problems_by_hand
-from kallm_bench.profiling.throughput import ProfileSettings, measure_inference, measure_training
+from kallm_bench.profiling.throughput import ProfileSettings, measure_inference
+from kallm_bench.profiling.training_step import measure_training
 
 __all__ = [
     "KernelProblem",

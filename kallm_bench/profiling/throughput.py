@@ -22,12 +22,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kallm_bench.errors import DeviceError
-from kallm_bench.profiling.memory import peak_memory
+from kallm_bench.errors import DeviceError, unknown
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import WIDE_SPREAD, Metric
-from kallm_bench.training import Forward, apply_scope
-from kallm_bench.training.forward import batch_of
+
+WAYS = {
+    "ours": "as `kallm train` does it",
+    "kept": "the same, with what frozen blocks give kept on disk",
+    "plain": "a plain Hugging Face loop",
+}
+"""How a training step is done."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class ProfileSettings:
         new_tokens: how many decoding adds to each sequence, from 16 on.
         repeats: timed runs of each, after one to warm up.
         scope, tail_from: what learns in the training step; "none" skips it.
+        ways: how the step is done, names in WAYS.
 
     Raises:
         DeviceError: a value that measures nothing.
@@ -50,8 +55,12 @@ class ProfileSettings:
     repeats: int = 5
     scope: str = "tail"
     tail_from: int | None = None
+    ways: tuple[str, ...] = ("ours",)
 
     def __post_init__(self) -> None:
+        for way in self.ways:
+            if way not in WAYS:
+                raise DeviceError(unknown("way", way, WAYS))
         for name, least in {"batch": 1, "length": 32, "new_tokens": 1, "repeats": 2}.items():
             if getattr(self, name) < least:
                 raise DeviceError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -61,26 +70,11 @@ def measure_inference(model: PreTrainedModel, settings: ProfileSettings, watch: 
     """Prefill and decode throughput of a model in the dtype it is served in."""
     ids = _random_tokens(model, settings)
     new = settings.new_tokens
-    timed = functools.partial(_timed, device=model.device, repeats=settings.repeats, watch=watch)
+    timing = functools.partial(timed, device=model.device, repeats=settings.repeats, watch=watch)
     with torch.inference_mode():
-        prefill = timed("prefill_tokens_per_second", ids.numel(), lambda: _prefill(model, ids))
-        decode = timed("decode_tokens_per_second", len(ids) * new, lambda: _decode(model, ids[:, :16], new))
+        prefill = timing("prefill_tokens_per_second", ids.numel(), lambda: _prefill(model, ids))
+        decode = timing("decode_tokens_per_second", len(ids) * new, lambda: _decode(model, ids[:, :16], new))
     return [prefill, decode]
-
-
-def measure_training(
-    model: PreTrainedModel, settings: ProfileSettings, autocast: torch.dtype | None = None, watch: Watch = nobody
-) -> list[Metric]:
-    """Training throughput and the peak memory of its steps, with loss at every position.
-
-    Set up as training is: parameters in float32, products in `autocast`. Changes the model's scope, and not its
-    weights: the learning rate is zero.
-    """
-    ids = _random_tokens(model, settings)
-    step = _training_step(model, ids, settings, autocast)
-    with peak_memory(model.device) as peak:
-        speed = _timed("train_tokens_per_second", ids.numel(), step, model.device, settings.repeats, watch)
-    return [speed, *peak]
 
 
 def _random_tokens(model: PreTrainedModel, settings: ProfileSettings) -> Tensor:
@@ -90,9 +84,7 @@ def _random_tokens(model: PreTrainedModel, settings: ProfileSettings) -> Tensor:
     return torch.randint(0, vocabulary, (settings.batch, settings.length), generator=generator).to(model.device)
 
 
-def _timed(
-    name: str, tokens: int, work: Callable[[], None], device: torch.device, repeats: int, watch: Watch
-) -> Metric:
+def timed(name: str, tokens: int, work: Callable[[], None], device: torch.device, repeats: int, watch: Watch) -> Metric:
     """Throughput of `work`, which handles `tokens`, over the repeats that follow one to warm up."""
     seconds = []
     for number in range(repeats + 1):
@@ -126,24 +118,6 @@ def _decode(model: PreTrainedModel, ids: Tensor, new: int) -> None:
         do_sample=False,
         pad_token_id=0,
     )
-
-
-def _training_step(
-    model: PreTrainedModel, ids: Tensor, settings: ProfileSettings, autocast: torch.dtype | None
-) -> Callable[[], None]:
-    learning = apply_scope(model, settings.scope, settings.tail_from)
-    optimiser = torch.optim.AdamW(learning, lr=0.0, weight_decay=0.0)
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    batch = batch_of(ids.cpu(), positions, ids.roll(-1, dims=1).cpu(), ids.device)
-    forward = Forward(model, autocast=autocast)
-
-    def step() -> None:
-        loss, count = forward.loss_sum(batch)
-        torch.autograd.backward(loss / count)
-        optimiser.step()
-        optimiser.zero_grad()
-
-    return step
 
 
 def _synchronise(device: torch.device) -> None:

@@ -42,6 +42,10 @@ METRICS: dict[str, MetricKind] = {
         "tokens/s", "higher", "greedy, one token a sequence and step, with a KV cache"
     ),
     "train_tokens_per_second": MetricKind("tokens/s", "higher", "forward, backward and optimiser step"),
+    "train_to_plain": MetricKind("times", "higher", "train_tokens_per_second over the plain loop's"),
+    "train_mfu": MetricKind(
+        "fraction", "higher", "FLOP that a step cannot do without, over what the data sheet promises"
+    ),
     "peak_resident_bytes": MetricKind("bytes", "lower", "largest resident memory of the process during training steps"),
     "peak_vram_allocated_bytes": MetricKind(
         "bytes", "lower", "largest GPU memory held by tensors during training steps"

@@ -25,8 +25,14 @@ from kallm_bench.reporting.kernels import (
     problem_of,
 )
 from kallm_bench.reporting.notes import notes
+from kallm_bench.reporting.training import TRAINING_COLUMNS, step_figures, step_notes
 
-SUBTITLES = {"arms": "", "starts": ": right after the retrofit", "kernels": ": layers alone"}
+SUBTITLES = {
+    "arms": "",
+    "starts": ": right after the retrofit",
+    "training": ": training steps",
+    "kernels": ": layers alone",
+}
 """What a table's kind adds to its title."""
 
 STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -67,7 +73,7 @@ class Table:
     """One suite on one testbed: its arms, or how they started.
 
     Args:
-        kind: "arms", "starts" or "kernels".
+        kind: a key of SUBTITLES.
         metrics, headings: the columns, in order.
     """
 
@@ -100,6 +106,7 @@ def build_tables(
     for (where, name), records in sorted(groups.items()):
         of_models = [record for record in records if record.stage != "kernels"]
         tables += [_table(store, name, where, of_models, known), _starts(name, where, of_models)]
+        tables.append(_training(name, where, of_models))
         tables.append(_kernels(name, where, store.describe(where), newest_problems(records)))
     return [table for table in tables if table.rows]
 
@@ -153,6 +160,19 @@ def _place(name: str) -> tuple[int, str]:
     """How "start_r2/3" and "start_r2/3.mlp.up_proj" are sorted."""
     block, _, layer = name.partition("/")[2].partition(".")
     return int(block), layer
+
+
+def _training(suite: str, testbed: str, records: Sequence[RunRecord]) -> Table:
+    """Training steps in several ways, where a profile did that."""
+    found = step_figures(records)
+    rows = [
+        Row(arm, way, 0, {name: Figure(value) for name, value in figures.items()})
+        for (arm, way), figures in found.items()
+    ]
+    used = {metric for figures in found.values() for metric in figures}
+    columns = [(metric, heading) for metric, heading in TRAINING_COLUMNS if metric in used]
+    below = step_notes(records) if rows else ()
+    return Table(suite, testbed, tuple(rows), below, *_unzipped(columns), kind="training")
 
 
 def _kernels(suite: str, testbed: str, machine: dict[str, Any], records: Sequence[RunRecord]) -> Table:

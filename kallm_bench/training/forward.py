@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +29,14 @@ from transformers import PreTrainedModel
 from kallm_bench.models.anatomy import find_blocks
 from kallm_bench.training.attention import UnsupportedError, bounds_of, packed_attention
 from kallm_bench.training.data import IGNORE, Rows
+from kallm_bench.training.entry import entered, left, place_to_split
 from kallm_bench.training.graphs import FrozenGraph, learning_graph
 from kallm_bench.training.loss import Objective, loss_of
 from kallm_bench.training.prefix_cache import PrefixCache
 from kallm_bench.training.teacher import Teacher
+
+HALF = (torch.float16, torch.bfloat16)
+"""What the packed attention's kernel computes in."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,12 @@ class Forward:
         self._dtype = torch.bfloat16 if autocast == torch.bfloat16 else next(model.parameters()).dtype
         self._blocks = find_blocks(model)
         self._changes = changes
-        self._fast = fast and model.device.type == "cuda"
+        self._fast = fast and model.device.type == "cuda" and _can_compile()
         self._packed = False
-        self.first, self._in_tuples = _place_to_split(model) if split else (0, False)
+        sample = _sample(model)
+        self.first, self._in_tuples = (
+            place_to_split(model, sample.input_ids, sample.position_ids) if split else (0, False)
+        )
         self._caches: dict[str, PrefixCache] = {}
         self._frozen: list[nn.Module] = []
         self._next: tuple[Rows, tuple[int, ...], Future[Batch]] | None = None
@@ -156,10 +166,13 @@ class Forward:
             cache.close()
         self._caches = {}
 
-    def keep(self, folder: Path | None, several: Iterable[Rows]) -> int:
-        """From now on keeps what enters the first learning block on disk, for these rows; returns the bytes it takes.
+    def keep(self, folder: Path | None, several: Mapping[Rows, int]) -> int:
+        """From now on keeps what enters the first learning block on disk; returns the bytes that takes.
 
         0, and nothing is kept, where there is no folder, nothing frozen to run, or embeddings that learn.
+
+        Args:
+            several: how many rows of each are needed, from the first one on.
 
         Raises:
             DiskError: too little room.
@@ -167,12 +180,14 @@ class Forward:
         changes = any(parameter.requires_grad for parameter in self.model.get_input_embeddings().parameters())
         if folder is None or not self.first or changes:
             return 0
-        for rows in several:
-            self._caches[rows.fingerprint] = PrefixCache(folder, self.model, self.first, self._dtype, rows)
+        for rows, count in several.items():
+            self._caches[rows.fingerprint] = PrefixCache(folder, self.model, self.first, self._dtype, rows, count)
         return sum(cache.bytes for cache in self._caches.values())
 
     def _attend_packed(self) -> None:
         """Turns packed attention on for as long as the context lasts, if it is as near the truth as masks are."""
+        if (self.autocast or self._dtype) not in HALF:
+            return
         sample = _sample(self.model)
         with torch.no_grad(), ExitStack() as trial:
             truth = self._decode(sample)
@@ -183,7 +198,7 @@ class Forward:
                     trial.enter_context(packed_attention(self.model, *self._frozen, *others))
                     self._packed = True
                     packed = self.hidden(sample)
-                except UnsupportedError:
+                except (UnsupportedError, RuntimeError):  # the latter of the kernel: an older GPU, or heads too wide
                     self._packed = False
                     return
             self._packed = bool((packed - truth).abs().mean() <= 2 * (masked - truth).abs().mean())
@@ -202,6 +217,11 @@ class Forward:
         """Waits until what was kept so far can be read, by this run and by others."""
         for cache in self._caches.values():
             cache.flush()
+
+    def fill(self, batch: Batch) -> None:
+        """Has a batch's way to the first learning block kept, for those that come."""
+        with self._precision():
+            self.entering(batch)
 
     def train(self, mode: bool) -> None:
         """Changes the model's mode: of what learns, and of all of it where nothing below is frozen."""
@@ -257,18 +277,16 @@ class Forward:
         if not self.first:
             return self._decode(batch)
         entering = self.entering(batch)
-        return (
-            self._learning_part(batch, entering)
-            if self._graphs is None
-            else self._recorded("learning", batch, entering)
-        )
+        if self.recording:
+            return self._recorded("learning", batch, entering)
+        return self._learning_part(batch, entering)
 
     @torch.no_grad()
     def entering(self, batch: Batch) -> Tensor:
         """What enters the first block that learns: (B, T, H), in the compute dtype."""
         if batch.entering is not None:
             return batch.entering
-        hidden = self._recorded("frozen", batch) if self._graphs is not None else self._frozen_part(batch)
+        hidden = self._recorded("frozen", batch) if self.recording else self._frozen_part(batch)
         if (cache := self._caches.get(batch.source)) is not None:
             cache.write(batch.numbers, hidden)
         return hidden
@@ -276,14 +294,14 @@ class Forward:
     def _frozen_part(self, batch: Batch) -> Tensor:
         casting = self._frozen[0].register_forward_pre_hook(self._cast_hidden, with_kwargs=True)
         try:
-            with _left(self._blocks, self._frozen, self._in_tuples) as last:
+            with left(self._blocks, self._frozen, self._in_tuples) as last:
                 self._decode(batch)
         finally:
             casting.remove()
         return last.taken()
 
     def _learning_part(self, batch: Batch, entering: Tensor) -> Tensor:
-        with _entered(self._blocks, self.first, entering, self._in_tuples):
+        with entered(self._blocks, self.first, entering, self._in_tuples):
             return self._decode(batch)
 
     @torch.no_grad()
@@ -352,10 +370,15 @@ class Forward:
     def _decode(self, batch: Batch) -> Tensor:
         bounds = batch.bounds if self._packed else {}
         decoder = self.model.get_decoder()
-        hidden: Tensor = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **bounds)[
-            0
-        ]
+        answer = decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **bounds)
+        hidden: Tensor = answer[0]
         return hidden
+
+
+def _can_compile() -> bool:
+    """Whether torch.compile has what it needs for a GPU: Triton, and a C compiler for what launches its kernels."""
+    compilers = (os.environ.get("CC", ""), "cc", "gcc", "clang")
+    return importlib.util.find_spec("triton") is not None and any(shutil.which(each) for each in compilers if each)
 
 
 def _drops_out(model: PreTrainedModel) -> bool:
@@ -363,96 +386,6 @@ def _drops_out(model: PreTrainedModel) -> bool:
     text = model.config.get_text_config(decoder=True)
     modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     return modules or any("dropout" in name and value for name, value in text.to_dict().items())
-
-
-def first_learning(model: PreTrainedModel) -> int:
-    """The first block that learns anything; the last one where none does."""
-    blocks = find_blocks(model)
-    learns = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
-    return learns.index(True) if any(learns) else len(blocks) - 1
-
-
-# --- entering a decoder at a block ------------------------------------------------------------------------------------
-
-
-class _Passing(nn.Module):
-    """Stands in a block's place and passes the hidden states on, in the form in which that block answers.
-
-    Args:
-        given: passed on in the place of what comes in.
-    """
-
-    def __init__(self, in_tuple: bool, given: Tensor | None = None) -> None:
-        super().__init__()
-        self.in_tuple, self.given = in_tuple, given
-        self._seen: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor, *inputs: Any, **named: Any) -> Tensor | tuple[Tensor]:
-        self._seen = hidden_states if self.given is None else self.given
-        return (self._seen,) if self.in_tuple else self._seen
-
-    def taken(self) -> Tensor:
-        """What went through it last."""
-        assert self._seen is not None
-        return self._seen
-
-
-@contextmanager
-def _left(blocks: nn.ModuleList, frozen: Sequence[nn.Module], in_tuples: bool) -> Iterator[_Passing]:
-    """Inside, `frozen` stand for the first blocks, and nothing is done after them; yields what sees what they give."""
-    rest = [_Passing(in_tuples) for _ in range(len(blocks) - len(frozen))]
-    with _standing(blocks, [*frozen, *rest]):
-        yield rest[0]
-
-
-@contextmanager
-def _entered(blocks: nn.ModuleList, first: int, hidden: Tensor, in_tuples: bool) -> Iterator[None]:
-    """Inside, the decoder begins at block `first`, with these hidden states."""
-    below = [_Passing(in_tuples, hidden), *(_Passing(in_tuples) for _ in range(first - 1))]
-    with _standing(blocks, [*below, *blocks[first:]]):
-        yield
-
-
-@contextmanager
-def _standing(blocks: nn.ModuleList, modules: Sequence[nn.Module]) -> Iterator[None]:
-    before = list(blocks)
-    try:
-        for number, module in enumerate(modules):
-            blocks[number] = module
-        yield
-    finally:
-        for number, module in enumerate(before):
-            blocks[number] = module
-
-
-@torch.no_grad()
-def _place_to_split(model: PreTrainedModel) -> tuple[int, bool]:
-    """The first learning block, and whether blocks answer in tuples; 0 where a decoder cannot be entered there.
-
-    Some hand more from block to block than hidden states. They fail here, or come to something else.
-    """
-    first, blocks, decoder = first_learning(model), find_blocks(model), model.get_decoder()
-    sample = _sample(model)
-
-    def decode() -> Tensor:
-        hidden: Tensor = decoder(input_ids=sample.input_ids, position_ids=sample.position_ids, use_cache=False)[0]
-        return hidden
-
-    answers: list[Any] = []
-    listening = blocks[0].register_forward_hook(lambda module, inputs, output: answers.append(output))
-    whole = decode()
-    listening.remove()
-    in_tuples = isinstance(answers[0], tuple)
-    if not first or (in_tuples and len(answers[0]) > 1):
-        return 0, in_tuples
-    try:
-        with _left(blocks, list(blocks[:first]), in_tuples) as last:
-            decode()
-        with _entered(blocks, first, last.taken(), in_tuples):
-            parted = decode()
-    except Exception:  # whatever another architecture does with what is not there
-        return 0, in_tuples
-    return (first if torch.equal(parted, whole) else 0), in_tuples
 
 
 def _sample(model: PreTrainedModel) -> Batch:

@@ -143,7 +143,7 @@ def train(
         if not steps:
             loss, count = measure()
             return TrainResult((), loss, _finite(loss), count, 0)
-        if kept := forward.keep(cache, (rows, heldout)):
+        if kept := forward.keep(cache, {rows: steps * settings.rows_per_step, heldout: settings.heldout_rows}):
             watch(f"keeps what frozen blocks give in {cache}: {kept / 1e9:.1f} GB when all rows are there", 0, 0)
         learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         optimiser = make_optimiser(model, learning, settings)
@@ -167,9 +167,9 @@ def train(
 
 def _run(stepper: Stepper, curriculum: Curriculum | None, watch: Watch) -> None:
     """All steps from where the state stands, which is saved now and then, and at the end."""
-    state, settings, rows = stepper.state, stepper.settings, stepper.rows
+    state, settings = stepper.state, stepper.settings
     steps, height = settings.steps, settings.rows_per_step
-    order = np.random.default_rng(settings.seed).permutation(len(rows))[: steps * height]
+    order = np.random.default_rng(settings.seed).permutation(steps * height)
     saved_at, interval = time.monotonic(), SAVE_EVERY_SECONDS
 
     def stopping() -> None:

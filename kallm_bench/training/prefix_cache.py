@@ -44,26 +44,29 @@ class PrefixCache:
     Args:
         folder: where caches are kept.
         model, first, dtype: whose, before which block, in which dtype; its weights are read through once.
-        rows: of which data.
+        rows, count: of which data, and how many of its rows are needed, from the first one on.
 
     Raises:
-        DiskError: too little room for all rows.
+        DiskError: too little room for so many rows.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel, first: int, dtype: torch.dtype, rows: Rows) -> None:
+    def __init__(
+        self, folder: Path, model: PreTrainedModel, first: int, dtype: torch.dtype, rows: Rows, count: int
+    ) -> None:
         width = model.config.get_text_config(decoder=True).hidden_size
         parts = [prefix_fingerprint(model, first), rows.fingerprint, str(first), str(dtype), "prefix-1"]
         self.folder = folder / "prefix" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
         self.rows = rows.fingerprint
-        self.bytes = size_of(rows, width, dtype)
+        count = min(count, len(rows))
+        self.bytes = size_of(rows, count, width, dtype)
         self._shape, self._dtype = (rows.tokens.shape[1], width), dtype
-        self._row_bytes = self.bytes // len(rows)
+        self._row_bytes = size_of(rows, 1, width, dtype)
         self._pinned = model.device.type == "cuda"
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.folder / "hidden.bin", os.O_RDWR | os.O_CREAT, 0o644)
         self._there = self._load(len(rows))
-        check_room(self.folder, int((~self._there).sum()) * self._row_bytes)
+        check_room(self.folder, int((~self._there[:count]).sum()) * self._row_bytes)
         self._fresh: list[int] = []
         self._worker = ThreadPoolExecutor(1)
         self._writing: list[Future[None]] = []
@@ -140,7 +143,7 @@ class PrefixCache:
         return np.unpackbits(packed)[:rows].astype(bool)
 
 
-def size_of(rows: Rows, width: int, dtype: torch.dtype) -> int:
-    """Bytes that the cache of all rows takes."""
-    values: int = len(rows) * rows.tokens.shape[1] * width
+def size_of(rows: Rows, count: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes that the cache of so many rows takes."""
+    values: int = count * rows.tokens.shape[1] * width
     return values * dtype.itemsize

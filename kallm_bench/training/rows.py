@@ -51,7 +51,7 @@ class Cut:
         return rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Packed rows of one data set.
 

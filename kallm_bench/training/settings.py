@@ -21,7 +21,8 @@ class TrainSettings:
 
     Args:
         data, heldout: see data.prepare; heldout None holds out a part of `data`.
-        tokens: how many are seen, rounded down to whole steps; 0 trains nothing and measures the held-out loss alone.
+        tokens: how many are seen, rounded down to whole steps: those of the first rows, whatever the seed. 0 trains
+            nothing and measures the held-out loss alone.
         row_length: tokens in a packed row.
         rows_per_step: rows whose gradients make one step, however many go through the model at once, and on however
             many processes.
@@ -37,7 +38,7 @@ class TrainSettings:
             decay.
         clip_norm: the largest norm of a step's gradient.
         heldout_rows: how many held-out rows are scored, at most.
-        seed: permutes the rows.
+        seed: permutes these rows.
 
     Raises:
         TrainingError: a value out of its range.
