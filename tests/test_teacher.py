@@ -24,7 +24,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from kallm_bench.errors import Interrupted, TrainingError
 from kallm_bench.models import KANSpec, replaced_modules, retrofit
 from kallm_bench.models.anatomy import find_blocks
-from kallm_bench.training import SCOPES, Forward, TrainResult, TrainSettings, apply_scope, loss, make_curriculum, train
+from kallm_bench.training import (
+    SCOPES,
+    Forward,
+    TrainResult,
+    TrainSettings,
+    apply_scope,
+    make_curriculum,
+    teacher,
+    train,
+)
 from kallm_bench.training.curriculum import Curriculum, CurriculumSettings
 from kallm_bench.training.forward import make_batch
 from kallm_bench.training.loss import Head, HeadShape
@@ -90,7 +99,7 @@ def problem(positions: int = 11, width: int = 6, words: int = 13) -> tuple[Tenso
 def test_the_formula_whatever_the_chunks_and_the_heads(
     monkeypatch: pytest.MonkeyPatch, chunk: int, weight: float, temperature: float, kind: str
 ) -> None:
-    monkeypatch.setitem(loss.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(teacher.CHUNK, "cpu", chunk)
     hidden, head, targets, other, other_head = problem()
     shapes = [HeadShape(0.5, 2.0), HeadShape(1.5, None)] if kind == "bent" else [HeadShape(), HeadShape()]
     heads = [linear_head(each, shape) for each, shape in zip((head, other_head), shapes, strict=True)]
@@ -115,7 +124,7 @@ def test_the_formula_whatever_the_chunks_and_the_heads(
 
 
 def test_gradients_match_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(loss.CHUNK, "cpu", 2)
+    monkeypatch.setitem(teacher.CHUNK, "cpu", 2)
     hidden, head, targets, other, other_head = (each.detach() for each in problem(positions=3, width=2, words=4))
     shape = HeadShape(0.7, 1.5)
 
@@ -157,7 +166,7 @@ def test_a_high_temperature_compares_the_logits_themselves() -> None:
 def test_sums_are_float32_under_autocast_and_logits_exist_for_a_chunk_at_a_time(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setitem(loss.CHUNK, "cpu", 4)
+    monkeypatch.setitem(teacher.CHUNK, "cpu", 4)
     hidden, head, targets, other, other_head = (
         each.detach().float() if each.is_floating_point() else each for each in problem(positions=101, words=53)
     )

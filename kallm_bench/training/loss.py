@@ -9,7 +9,7 @@ of Liger's fused loss, 5.4 of cut-cross-entropy, and 18 where chunks are compute
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -105,17 +105,19 @@ def loss_of(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     return total
 
 
-def judged(matrix: nn.Linear, hidden: Tensor, judge: Judge) -> Objective:
-    """A loss of a plain head's products (P, V), which exist for CHUNK positions at a time, and never again.
+def judged(matrix: nn.Linear, hidden: Tensor, judge: Judge, chunk: Mapping[str, int] = CHUNK) -> Objective:
+    """A loss of a plain head's products (P, V), which exist for a chunk of positions at a time, and never again.
 
     Args:
         matrix: of the head.
         hidden: (P, H).
+        chunk: how many positions, by kind of device.
     """
+    size = chunk.get(hidden.device.type, chunk["cpu"])
     learns = [
         each if each is None or torch.is_grad_enabled() else each.detach() for each in (matrix.weight, matrix.bias)
     ]
-    return Objective(*_JudgedSum.apply(hidden, *learns, judge))  # type: ignore[no-untyped-call]
+    return Objective(*_JudgedSum.apply(hidden, *learns, judge, size))  # type: ignore[no-untyped-call]
 
 
 def in_compute_dtype(hidden: Tensor) -> Tensor:
@@ -143,7 +145,7 @@ class _JudgedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, judge: Judge
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, judge: Judge, size: int
     ) -> tuple[Tensor, Tensor]:
         learns = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
         values, wide = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
@@ -151,7 +153,6 @@ class _JudgedSum(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if learns[0] else None
         d_weight = torch.zeros_like(weight) if learns[1] else None
         d_bias = torch.zeros_like(bias) if bias is not None and learns[2] else None
-        size = CHUNK.get(hidden.device.type, CHUNK["cpu"])
         for start in range(0, len(hidden), size):
             span = slice(start, start + size)
             part = hidden[span]  # (C, H)
@@ -171,7 +172,7 @@ class _JudgedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved: tuple[Tensor | None, ...] = ctx.saved_tensors
-        return (*(None if each is None else each * scale.to(each.dtype) for each in saved), None)
+        return (*(None if each is None else each * scale.to(each.dtype) for each in saved), None, None)
 
 
 @functools.cache
