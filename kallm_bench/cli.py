@@ -175,6 +175,13 @@ def train(
     rows_per_step: Annotated[int, typer.Option(help="Rows that make one optimiser step.")] = 32,
     scope: Annotated[str, typer.Option(help="What learns: replaced, tail, tail+head, all.")] = "tail",
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 4e-4,
+    distill: Annotated[
+        float, typer.Option(help="Share of the loss that is what the untouched model would say, 0 to 1.")
+    ] = 0.0,
+    temperature: Annotated[float, typer.Option(help="By which logits are divided for that.")] = 2.0,
+    base: Annotated[
+        str | None, typer.Option(help="With --distill: the untouched model; what CKPT was made of, if left out.")
+    ] = None,
     seed: Seed = 0,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run of this command stands, or anew.")
@@ -195,14 +202,17 @@ def train(
     """Train what was replaced, or more, on conversations; stopped with Ctrl-C, the same command goes on.
 
     kallm train runs/bundled-cheby2-25-29-... --tokens 1000000
+    kallm train CKPT --distill 0.5
     torchrun --nproc-per-node 2 -m kallm_bench.cli train CKPT --tokens 1000000
     """
     from kallm_bench import engine
     from kallm_bench.errors import TrainingError
     from kallm_bench.filing import find_ref
     from kallm_bench.profiling import find_device
-    from kallm_bench.training import TrainSettings, join
+    from kallm_bench.training import DistillationSettings, TrainSettings, join
 
+    if base is not None and not distill:
+        raise typer.BadParameter("--base is for --distill")
     with join(find_device(device)) as processes:
         if shard and processes.count == 1:
             raise TrainingError("--shard splits weights over several processes; start them by torchrun, as --help says")
@@ -221,7 +231,11 @@ def train(
                 bench = _bench(results, display, device, dtype, batch_size, seed, processes=processes, sharded=shard)
                 bench = dataclasses.replace(bench, prefix_cache=prefix_cache)
                 ref = find_ref(checkpoint, trust_remote_code)
-            record = engine.train_model(bench, ref, settings, out, replace=force, resume=resume)
+                lessons = engine.Lessons(
+                    distillation=DistillationSettings(distill, temperature),
+                    base=find_ref(base, trust_remote_code) if base else None,
+                )
+            record = engine.train_model(bench, ref, settings, out, lessons=lessons, replace=force, resume=resume)
         if processes.first:
             console.show_records([record], as_json, bench.store.written)
 

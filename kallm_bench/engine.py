@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kallm_bench.bbh.evaluate import EvalSettings, ask, score
 from kallm_bench.bbh.protocols import find_protocol
@@ -37,6 +40,7 @@ from kallm_bench.models import (
     replaced_modules,
     retrofit_reporting,
     save_checkpoint,
+    skeleton_of,
     specs_of,
     stored_dtype,
     weights_folder,
@@ -56,14 +60,18 @@ from kallm_bench.reporting import Table, build_tables, facts_of, to_csv, to_mark
 from kallm_bench.suites import Cell, Suite
 from kallm_bench.training import (
     SCOPES,
+    CurriculumSettings,
     DataSource,
+    DistillationSettings,
     Fit,
     Forward,
+    Teacher,
     TrainSettings,
     check_scope,
     find_data,
     gather_into,
     heldout_loss,
+    make_curriculum,
     parameters_in,
     prepare,
     tokenizer_fingerprint,
@@ -250,12 +258,46 @@ def _describe_calibration(settings: CalibrationSettings, tokenizer: Any) -> dict
     return described | {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """What there is to a training run beside its settings.
+
+    Args:
+        curriculum, distillation: how a model comes to its replacements, and how much it learns from the untouched one.
+        base: the untouched model, where it is not the one that the checkpoint says it was made of.
+    """
+
+    curriculum: CurriculumSettings = field(default_factory=CurriculumSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    base: ModelRef | None = None
+
+    def of(self, ref: ModelRef) -> Lessons:
+        """The same for a checkpoint: with the untouched model if that takes part, else without. Raises as _base_of."""
+        if not (self.curriculum.needs_base or self.distillation.active):
+            return dataclasses.replace(self, base=None)
+        made = ref.lineage or specs_of(load_config(ref.open()))
+        return dataclasses.replace(self, base=self.base or (_base_of(ref) if made else ref))
+
+    def described(self) -> dict[str, Any]:
+        """The part of a stage's settings; where there are none, nothing, so that keys are what they were."""
+        told: dict[str, Any] = {"base": self.base.fingerprint} if self.base else {}
+        if self.curriculum.active:
+            told["curriculum"] = dataclasses.asdict(self.curriculum)
+        if self.distillation.active:
+            told["distillation"] = dataclasses.asdict(self.distillation)
+        return told
+
+
+NONE = Lessons()
+
+
 def train_model(
     bench: Bench,
     ref: ModelRef,
     settings: TrainSettings,
     out: Path | None = None,
     *,
+    lessons: Lessons = NONE,
     replace: bool = False,
     resume: bool = True,
 ) -> RunRecord:
@@ -273,6 +315,8 @@ def train_model(
     tokenizer = load_tokenizer(ref.open())
     described = dataclasses.asdict(settings) | bench.place | {"tokenizer": tokenizer_fingerprint(tokenizer)}
     described |= {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
+    lessons = (lessons if settings.steps else NONE).of(ref)
+    described |= lessons.described()
     if settings.steps == 0:
         described["seed"] = None  # one measurement serves every seed
     stage = Stage(bench, "train", described, ref)
@@ -282,7 +326,7 @@ def train_model(
         raise TrainingError("the processes of this run were given different settings, models or data")
     with stage.claimed() if processes.first else nullcontext() as done:
         if not processes.tell(done is not None):
-            done = _train(bench, ref, stage, settings, tokenizer, data, replace, resume)
+            done = _train(bench, ref, stage, settings, lessons, tokenizer, data, replace, resume)
         if processes.first:
             shutil.rmtree(_state_of(stage), ignore_errors=True)
         told = processes.tell(done.to_json() if done else None)
@@ -294,6 +338,7 @@ def _train(
     ref: ModelRef,
     stage: Stage,
     settings: TrainSettings,
+    lessons: Lessons,
     tokenizer: Any,
     data: DataSource,
     replace: bool,
@@ -306,11 +351,17 @@ def _train(
     def packing(done: int, total: int) -> None:
         bench.watch("packing conversations", done, total)
 
-    def load(device: torch.device | str) -> PreTrainedModel:
-        return load_model(ref.open(), torch.float32, device)[0]
+    def load(device: torch.device | str, which: ModelRef = ref) -> PreTrainedModel:
+        return load_model(which.open(), torch.float32, device)[0]
 
     on_gpu = bench.device.type == "cuda"
     model = load("cpu" if bench.sharded else bench.device)
+    base = load(model.device, lessons.base) if lessons.base else None
+    curriculum = make_curriculum(model, lessons.curriculum, settings, base)
+    teaching = (
+        functools.partial(Teacher, base=base, settings=lessons.distillation) if lessons.distillation.active else None
+    )
+    del base  # a curriculum keeps of it what stood where something was put
     with processes.in_turn():
         if settings.steps:
             parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
@@ -329,9 +380,12 @@ def _train(
         cache=cache_folder() if bench.prefix_cache else None,
         watch=bench.watch,
         resume=resume,
+        curriculum=curriculum,
+        teaching=teaching,
         processes=processes,
         sharded=bench.sharded,
     )
+    del teaching
     if bench.sharded:
         split, model = model, load("cpu") if processes.first else model
         gather_into(model, split, processes)
@@ -435,13 +489,14 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     ref = find_ref(cell.model)
     records = []
     begin(_part(cell, "retrofit"))
+    start = ref
     if (wanted := _spec_of(cell, ref)) is not None:
-        start, spec, text = ref, wanted, _calibration_of(cell)
+        spec, text = wanted, _calibration_of(cell)
         records.append(retrofit(bench, start, spec, calibration=text, weights_needed=False))
         ref = ref_after(records[-1], start, remake=lambda: retrofit(bench, start, spec, calibration=text))
     if "train" in cell.stages:
         begin(_part(cell, "train"))
-        records.append(train_model(bench, ref, cell.train))
+        records.append(train_model(bench, ref, cell.train, lessons=_lessons_of(cell, start)))
         ref = ref_after(records[-1], ref)
     if "eval-bbh" in cell.stages:
         begin(_part(cell, "eval-bbh"))
@@ -460,6 +515,11 @@ def _spec_of(cell: Cell, ref: ModelRef) -> KANSpec | None:
     return dataclasses.replace(cell.spec, params=parameters_of(config, complete_spec(config, cell.match)))
 
 
+def _lessons_of(cell: Cell, ref: ModelRef) -> Lessons:
+    """Of a cell whose model is `ref`."""
+    return Lessons(cell.curriculum, cell.distillation).of(ref)
+
+
 def _calibration_of(cell: Cell) -> CalibrationSettings | None:
     return cell.calibration if cell.spec and cell.spec.needs_calibration else None
 
@@ -469,12 +529,13 @@ def check_cell(cell: Cell) -> None:
     ref = find_ref(cell.model)
     config = load_config(ref.open())
     if spec := _spec_of(cell, ref):
-        complete_spec(config, spec)
+        spec = complete_spec(config, spec)
     if text := _calibration_of(cell):
         _data_of(text)
     replaced = bool(cell.spec or specs_of(config))
     if cell.train.steps and "train" in cell.stages:
         check_scope(cell.train.scope, replaced=replaced, tail_from=cell.train.tail_from)
+        _check_lessons(cell, _lessons_of(cell, ref), config, spec)
     if cell.profile.scope != "none" and "profile" in cell.stages:
         check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
     tokenizer_fingerprint(load_tokenizer(ref.open()))
@@ -483,6 +544,17 @@ def check_cell(cell: Cell) -> None:
     if "eval-bbh" in cell.stages:
         find_protocol(cell.eval.protocol)
         load_questions(cell.eval.source, cell.eval.tasks, cell.eval.limit, cell.eval.questions_seed)
+
+
+def _check_lessons(cell: Cell, lessons: Lessons, config: PreTrainedConfig, spec: KANSpec | None) -> None:
+    """Asks a model without values whether it can have a cell's curriculum."""
+    if not lessons.curriculum.active:
+        return
+    config = copy.deepcopy(config)
+    if spec:
+        config.kallm = [*(getattr(config, "kallm", None) or []), spec.to_json()]
+    base = skeleton_of(load_config(lessons.base.open())) if lessons.base else None
+    make_curriculum(skeleton_of(config), lessons.curriculum, cell.train, base)
 
 
 class Ran(NamedTuple):

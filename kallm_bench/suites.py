@@ -16,11 +16,13 @@ from kallm_bench.bbh.evaluate import EvalSettings
 from kallm_bench.errors import SuiteError, unknown
 from kallm_bench.models import CalibrationSettings, KANSpec
 from kallm_bench.profiling import KernelProblem, KernelSettings, ProfileSettings, problems_by_hand
-from kallm_bench.training import TrainSettings
+from kallm_bench.training import CurriculumSettings, DistillationSettings, TrainSettings
 
 SECTIONS: dict[str, type] = {
     "calibration": CalibrationSettings,
     "train": TrainSettings,
+    "curriculum": CurriculumSettings,
+    "distillation": DistillationSettings,
     "eval": EvalSettings,
     "profile": ProfileSettings,
 }
@@ -51,6 +53,8 @@ class Cell:
     stages: tuple[str, ...]
     calibration: CalibrationSettings
     train: TrainSettings
+    curriculum: CurriculumSettings
+    distillation: DistillationSettings
     eval: EvalSettings
     profile: ProfileSettings
 

@@ -214,13 +214,16 @@ def test_the_loss_and_all_its_gradients_are_autograds(
     targets = torch.randint(0, 31, (positions,))
     inputs = [hidden, *head.parameters()]
     plain = F.cross_entropy(shape(head(hidden)), targets, reduction="sum")
-    ours = loss._SummedLoss.apply(hidden, head.weight, head.bias, targets, shape)
+    monkeypatch.setattr(loss.Head, "of", lambda model: loss.Head(head, shape))
+    ours = loss.loss_of(model=None, hidden=hidden, targets=targets)
     torch.testing.assert_close(ours, plain)
     scale = torch.tensor(0.3, dtype=torch.float64)
     for mine, theirs in zip(
         torch.autograd.grad(ours, inputs, scale), torch.autograd.grad(plain, inputs, scale), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(loss.loss_of(model=None, hidden=hidden, targets=targets), plain.detach())
 
 
 def test_a_head_of_another_kind_is_run_as_it_is(tiny_llama: Any) -> None:

@@ -18,7 +18,15 @@ from kallm_bench.errors import Interrupted
 from kallm_bench.kan import BASES, KANLinear
 from kallm_bench.models import KANSpec, load_checkpoint, retrofit, save_checkpoint
 from kallm_bench.profiling import ProfileSettings, environment, measure_training
-from kallm_bench.training import Forward, TrainSettings, apply_scope, prepare, train
+from kallm_bench.training import (
+    DistillationSettings,
+    Forward,
+    Teacher,
+    TrainSettings,
+    apply_scope,
+    prepare,
+    train,
+)
 from kallm_bench.training.data import FIRST, LEARN, Rows
 
 pytestmark = [
@@ -103,8 +111,9 @@ def test_a_batch_that_does_not_fit_is_halved(tiny_llama: Any, bundled_tokenizer:
 
 @pytest.mark.parametrize("arm", ["linear", "cheby2", "rational"])
 @pytest.mark.parametrize("kept", [False, True], ids=["computed", "kept"])
+@pytest.mark.parametrize("taught", [False, True], ids=["alone", "taught"])
 def test_the_fast_way_is_as_near_the_truth_as_the_plain_one(
-    tiny_llama: Any, tmp_path: Path, arm: str, kept: bool
+    tiny_llama: Any, tmp_path: Path, arm: str, kept: bool, taught: bool
 ) -> None:
     """Compiled blocks, packed attention, recorded graphs: loss and gradients of two batches, one after the other."""
     generator = np.random.default_rng(0)
@@ -120,7 +129,9 @@ def test_the_fast_way_is_as_near_the_truth_as_the_plain_one(
         apply_scope(model, "tail")
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found = []
-        with Forward(model, autocast=autocast, fast=fast) as forward:
+        base = tiny_llama(vocab_size=997, hidden_size=256, intermediate_size=512).to("cuda")
+        teacher = Teacher(model, base, DistillationSettings(0.5)) if taught else None
+        with Forward(model, autocast=autocast, fast=fast, teacher=teacher) as forward:
             if kept:
                 forward.keep(tmp_path / str(autocast) / str(fast), {rows: len(rows)})
             assert not fast or forward.recording
@@ -129,11 +140,12 @@ def test_the_fast_way_is_as_near_the_truth_as_the_plain_one(
                     forward.keep_gradients(learning)
                     batch = forward.batch(rows, numbers, 4)
                     forward.prefetch(rows, [4, 5, 6, 7])
-                    loss = forward.objective(batch)
-                    loss.backward()
+                    objective = forward.objective(batch)
+                    objective.total.backward()
                     with torch.no_grad():
-                        assert torch.equal(forward.loss_sum(batch)[0], loss)
-                    found.append(loss.detach())
+                        rounding = {"rtol": 1e-5, "atol": 0.0} if taught else {"rtol": 0.0, "atol": 0.0}
+                        torch.testing.assert_close(forward.loss_sum(batch)[0], objective.cross_entropy, **rounding)
+                    found += [objective.total.detach(), objective.cross_entropy]
                 forward.settle()
             found += [parameter.grad for parameter in learning]
         return [each.double().cpu() for each in found]

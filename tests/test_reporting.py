@@ -120,6 +120,39 @@ def test_seeds_are_averaged_with_an_interval(bench: Bench) -> None:
     assert row.what == "cheby2 degree 2, stack, hidden 384, blocks 25-26,29"
 
 
+def test_arms_that_were_taught_otherwise_say_so_and_need_a_control_of_their_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kan, linear = {"basis": "cheby2", "degree": 4}, {"basis": "linear", "hidden": 512}
+    plain = dict(TRAINING)
+
+    def add(name: str, seed: int, spec: dict[str, Any] | None, **lessons: Any) -> None:
+        monkeypatch.setitem(globals(), "TRAINING", plain | lessons)
+        bench.arm(name, seed, spec, 2.0 + seed, right=8, replaced=100)
+
+    curriculum = {"start_degree": 1, "stages": "backwards", "anneal": None}
+    distillation = {"weight": 0.5, "temperature": 2.0}
+    add("untouched", 0, None)
+    add("linear", 0, linear)
+    add("kan", 0, kan, curriculum=curriculum)
+    add("kan", 1, kan, curriculum=curriculum | {"stages": None})
+    add("kan+distilled", 0, kan, distillation=distillation)
+    table = only_table(bench)
+    rows = [(row.name, row.what.partition("; ")[2], row.seeds) for row in table.rows if row.name.startswith("kan")]
+    assert rows == [
+        ("kan", "degree rising from 1; replaced block by block, backwards", 1),
+        ("kan", "degree rising from 1", 1),
+        ("kan+distilled", "distilled, weight 0.5 at temperature 2", 1),
+    ]
+    missing = [note for note in table.notes if note.startswith("Not in this suite")]
+    assert missing == [
+        "Not in this suite: a linear control with as many parameters as 'kan+distilled', distilled like it."
+    ]
+    assert "Rows differ in train settings: curriculum, distillation." in table.notes
+    add("linear+distilled", 0, linear, distillation=distillation)
+    assert not [note for note in only_table(bench).notes if note.startswith("Not in this suite")]
+
+
 def test_rows_of_different_settings_are_never_averaged(bench: Bench) -> None:
     bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
     bench.arm("kan", 1, {"basis": "cheby2", "degree": 3}, 3.0, right=8)

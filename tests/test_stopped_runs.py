@@ -54,6 +54,7 @@ def training(tiny_llama: Any, bundled_tokenizer: Any, tmp_path_factory: pytest.T
     """Training of a tiny retrofitted model, for six steps, each of which is saved."""
     folder = tmp_path_factory.mktemp("training")
     model = tiny_llama()
+    save_checkpoint(folder / "base", model, bundled_tokenizer)
     retrofit(model, KANSpec("2-3", "cheby2"))
     save_checkpoint(folder / "start", model, bundled_tokenizer)
     turns = [("user", "Count to {0}"), ("assistant", "One to {0}. " * 8)]
@@ -107,6 +108,23 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bits(
     assert weights(tmp_path) == weights(whole)
     assert losses(tmp_path) == losses(whole)
     assert not (tmp_path / "runs" / "unfinished").exists() or not states(tmp_path)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 20))])
+def test_a_distilled_run_that_is_killed_anywhere_ends_with_the_same_bits(
+    training: Training, whole: Path, launch: Launch, tmp_path: Path, seed: int
+) -> None:
+    draw, words = random.Random(seed), ("--distill", "0.5", "--base", str(Path(training.words[1]).parent / "base"))
+    ((code, _, err),) = launch(training.command(tmp_path / "distilled", *words))
+    assert code == 0, err
+    assert weights(tmp_path / "distilled") != weights(whole)
+    at = draw.randrange(1, int((tmp_path / "distilled" / "moments").read_text()))
+    killed = training.command(tmp_path / "killed", *words, signal_at=[at, signal.SIGKILL])
+    assert launch(killed)[0][0] == -signal.SIGKILL
+    ((code, _, err),) = launch(training.command(tmp_path / "killed", *words))
+    assert code == 0, err
+    assert weights(tmp_path / "killed") == weights(tmp_path / "distilled")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "distilled")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from kallm_bench.errors import KallmError, SuiteError
-from kallm_bench.models import KANSpec
+from kallm_bench import engine
+from kallm_bench.errors import KallmError, ModelError, SuiteError
+from kallm_bench.filing import Bench, find_ref
+from kallm_bench.models import KANSpec, complete_spec, load_model, parameters_of, retrofit, save_checkpoint
+from kallm_bench.records import ResultsStore
 from kallm_bench.suites import find_suite, read_suite
+from kallm_bench.training import CurriculumSettings, DistillationSettings
 
 SHIPPED = sorted((Path(__file__).parent.parent / "suites").glob("*.toml"))
 
@@ -74,6 +82,11 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('[[arm]]\nname = "a"\ntrain = 3\n', "train should be like"),
         ('model = 5\n[[arm]]\nname = "a"\n', "model should be like"),
         ('[[arm]]\nname = "a"\ntrain.seed = 5\n', "no key 'seed'"),
+        ('[[arm]]\nname = "a"\ncurriculum.stage = "backwards"\n', "Did you mean 'stages'"),
+        ('[[arm]]\nname = "a"\ncurriculum.start_degree = 1.5\n', "start_degree should be of type int"),
+        ('[[arm]]\nname = "a"\ncurriculum.anneal = "cosin"\n', "Did you mean 'cosine'"),
+        ('[[arm]]\nname = "a"\ndistillation.weight = 2\n', "a share from 0 to 1, got 2"),
+        ('distillation = 0.5\n[[arm]]\nname = "a"\n', "distillation should be like"),
         (f'{KAN}name = "a"\nparams = "b"\n{KAN}name = "b"\nparams = "a"\n', "no arm with a size of its own"),
         ('[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = "1"\nparams = ["b"]\n', "params should be a number"),
         ('[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = "1"\nparams = "b"\n', "params should be a number above 0"),
@@ -94,6 +107,139 @@ def test_a_wrong_suite_is_refused_in_one_line(tmp_path: Path, text: str, says: s
     with pytest.raises(KallmError, match=says) as error:
         read_suite(path)
     assert "\n" not in str(error.value)
+
+
+def test_ways_to_teach_are_read_for_the_suite_and_for_an_arm(tmp_path: Path) -> None:
+    path = tmp_path / "taught.toml"
+    path.write_text(
+        "[distillation]\nweight = 0.5\n[curriculum]\nstart_degree = 1\nraise_at = [0.2, 0.4]\n"
+        '[[arm]]\nname = "a"\ndistillation.weight = 0\n[[arm]]\nname = "b"\ncurriculum.anneal = "linear"\n'
+    )
+    a, b = read_suite(path).cells
+    assert (a.distillation, b.distillation) == (DistillationSettings(0.0), DistillationSettings(0.5))
+    assert a.curriculum == CurriculumSettings(start_degree=1, raise_at=(0.2, 0.4))
+    assert b.curriculum == CurriculumSettings(start_degree=1, raise_at=(0.2, 0.4), anneal="linear")
+
+
+def test_the_arms_of_suite_curricula_have_as_many_parameters_and_can_be_taught_so(bundled: Any, tmp_path: Path) -> None:
+    suite, config = read_suite(find_suite("curricula"), seeds=[0]), bundled[0].config
+    (tmp_path / "chat.jsonl").write_text("{}")
+    for cell in suite.cells:
+        assert cell.train.tokens in (0, 9_200_000)
+        if cell.curriculum.active:
+            here = dataclasses.replace(cell.train, data=str(tmp_path / "chat.jsonl"), heldout=None)
+            engine.check_cell(dataclasses.replace(cell, train=here))
+    ((kan, as_many),) = {(cell.spec, cell.match) for cell in suite.cells if cell.match}
+    (linear,) = {cell.spec for cell in suite.cells if cell.spec and not cell.match}
+    assert as_many == linear
+    wanted = parameters_of(config, complete_spec(config, linear))
+    found = parameters_of(config, complete_spec(config, dataclasses.replace(kan, params=wanted)))
+    assert found == pytest.approx(wanted, rel=0.01)
+    taught = {cell.arm: (cell.curriculum.active, cell.distillation.active) for cell in suite.cells}
+    assert sum(any(each) for each in taught.values()) == 7
+    for arm, how in taught.items():  # equal effort: what the KAN gets, the control gets, as far as it has degrees
+        name, plus, way = arm.partition("+")
+        if name == "kan" and way != "degree":
+            assert taught["linear-matched" + plus + way] == how
+
+
+TAUGHT = """
+model = "./base"
+stages = ["retrofit", "train"]
+[train]
+data = "./chat.jsonl"
+tokens = 256
+row_length = 32
+rows_per_step = 2
+heldout_rows = 2
+learning_rate = 1e-2
+[[arm]]
+name = "kan"
+basis = "cheby2"
+degree = 3
+blocks = "2-3"
+[[arm]]
+name = "kan+curriculum"
+basis = "cheby2"
+degree = 3
+blocks = "2-3"
+curriculum = {start_degree = 1, stages = "backwards", anneal = "linear"}
+[[arm]]
+name = "kan+all"
+basis = "cheby2"
+degree = 3
+blocks = "2-3"
+curriculum = {start_degree = 1, stages = "backwards", anneal = "linear"}
+distillation.weight = 0.5
+"""
+
+
+@pytest.fixture
+def bench(tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A place to run suites in, with a model and conversations beside them."""
+    monkeypatch.setenv("KALLM_CACHE", str(tmp_path / "cache"))
+    save_checkpoint(tmp_path / "base", tiny_llama(), bundled_tokenizer)
+    turns = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One, two, three. " * 8}]
+    (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 120)
+    store = ResultsStore(tmp_path / "results")
+    return Bench(store, "here", tmp_path / "runs", torch.device("cpu"), torch.float32)
+
+
+def test_a_taught_arm_is_another_one_and_a_plain_one_is_what_it_was(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "taught.toml").write_text(TAUGHT)
+    suite = read_suite(tmp_path / "taught.toml")
+    ran = engine.run_suite(bench, suite)
+    assert not ran.failures
+    kan, staged, taught = (record for record in ran.records if record.stage == "train")
+    more = {"base", "curriculum", "distillation"}
+    assert taught.settings.keys() - kan.settings.keys() == more  # so the keys of plain training are what they were
+    base = find_ref(str(tmp_path / "base"))
+    assert taught.settings["base"] == base.fingerprint
+    assert taught.settings["curriculum"]["start_degree"] == 1
+    assert taught.settings["distillation"] == {"weight": 0.5, "temperature": 2.0}
+    assert taught.value("heldout_loss_before") == kan.value("heldout_loss_before")
+    assert len({record.value("heldout_loss") for record in (kan, staged, taught)}) == 3
+    (table,) = engine.write_report(bench.store, suite, "here", ran.records).tables
+    assert [(row.name, row.seeds) for row in table.rows] == [("kan", 1), ("kan+curriculum", 1), ("kan+all", 1)]
+    model, _ = load_model(taught.artifacts[0].path.rpartition("/")[0])
+    assert not any("forward" in vars(module) for module in model.modules())
+
+    again = engine.run_suite(bench, suite).records
+    assert [record.id for record in again] == [record.id for record in ran.records]  # nothing is done again
+
+
+@pytest.mark.parametrize(
+    ("arm", "says"),
+    [
+        ('basis = "rbf"\nblocks = "2-3"\ncurriculum.start_degree = 1', "arm 'wrong': .*basis 'rbf' cannot rise"),
+        ('basis = "linear"\nblocks = "2-3"\ncurriculum.start_degree = 1', "arm 'wrong': start_degree 1 is not below"),
+        ('basis = "cheby2"\nblocks = "2-3"\ntrain.tail_from = 3\ncurriculum.stages = "forwards"',
+         "arm 'wrong': tail_from 3: block 2 was replaced and would not learn"),
+        ('train.scope = "all"\ncurriculum.anneal = "linear"', "arm 'wrong': stages and annealing need replaced blocks"),
+    ],
+)  # fmt: skip
+def test_what_an_arm_cannot_be_taught_is_refused_before_the_first_stage(
+    bench: Bench, tmp_path: Path, arm: str, says: str
+) -> None:
+    (tmp_path / "wrong.toml").write_text(f'{TAUGHT}[[arm]]\nname = "wrong"\n{arm}\n')
+    with pytest.raises(KallmError, match=says):
+        engine.run_suite(bench, read_suite(tmp_path / "wrong.toml"))
+    assert not bench.store.records()
+
+
+def test_a_retrofitted_model_that_does_not_know_its_origin_is_no_teacher_of_its_own(
+    bench: Bench, tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    retrofit(model, KANSpec("2-3", "cheby2"))
+    save_checkpoint(tmp_path / "kan", model, bundled_tokenizer)
+    ref, lessons = find_ref(str(tmp_path / "kan")), engine.Lessons(distillation=DistillationSettings(0.5))
+    with pytest.raises(ModelError, match="does not say what it was made of; pass --base"):
+        lessons.of(ref)
+    base = find_ref(str(tmp_path / "base"))
+    assert dataclasses.replace(lessons, base=base).of(ref).base == base
+    assert lessons.of(base).base == base
+    assert engine.Lessons(base=base).of(ref).base is None
 
 
 def test_paths_of_a_suite_start_at_its_file(tmp_path: Path) -> None:

@@ -122,11 +122,28 @@ def _signature(records: Sequence[RunRecord]) -> str:
 
 
 def what_it_is(arm: Arm) -> str:
-    """What the arm is, from the specs of its retrofits."""
+    """What the arm is, from the specs of its retrofits, and how it was taught, where that was in no plain way."""
     if arm.specs:
-        return "; then ".join(_described(spec) for spec in arm.specs)
-    trained = any((record.value("trained_tokens") or 0) > 0 for record in arm.stages.get("train", []))
-    return "fine-tuned, nothing replaced" if trained else "untouched"
+        what = "; then ".join(_described(spec) for spec in arm.specs)
+    else:
+        trained = any((record.value("trained_tokens") or 0) > 0 for record in arm.stages.get("train", []))
+        what = "fine-tuned, nothing replaced" if trained else "untouched"
+    return "; ".join([what, *_taught(arm)])
+
+
+def _taught(arm: Arm) -> list[str]:
+    """How a curriculum and a teacher took part, in words."""
+    settings = arm.settings().get("train", {})
+    curriculum, distillation = settings.get("curriculum") or {}, settings.get("distillation")
+    words = {
+        "start_degree": "degree rising from {}",
+        "stages": "replaced block by block, {}",
+        "anneal": "annealed from the original's output, {}",
+    }
+    found = [text.format(curriculum[key]) for key, text in words.items() if curriculum.get(key) is not None]
+    if distillation:
+        found.append(f"distilled, weight {distillation['weight']:g} at temperature {distillation['temperature']:g}")
+    return found
 
 
 TARGETS = {

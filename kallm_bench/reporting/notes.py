@@ -96,10 +96,17 @@ def _missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
     if not linears:
         missing.append("a linear restart")
     for kan in kans:
-        if not any(abs(linear.replaced_parameters / kan.replaced_parameters - 1) < 0.02 for linear in linears):
-            missing.append(f"a linear control with as many parameters as '{kan.name}'")
+        teacher = _teacher(kan)
+        alike = [linear for linear in linears if _teacher(linear) == teacher]
+        if not any(abs(linear.replaced_parameters / kan.replaced_parameters - 1) < 0.02 for linear in alike):
+            how = ", distilled like it" if teacher else ""
+            missing.append(f"a linear control with as many parameters as '{kan.name}'{how}")
     if missing:
         yield f"Not in this suite: {'; '.join(missing)}."
+
+
+def _teacher(arm: Arm) -> Any:
+    return arm.settings().get("train", {}).get("distillation")
 
 
 def _difference_notes(arms: Sequence[Arm]) -> Iterable[str]:

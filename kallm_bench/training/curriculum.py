@@ -19,9 +19,10 @@ from kallm_bench.errors import TrainingError, unknown
 from kallm_bench.kan import KANLinear
 from kallm_bench.kan.bases import Basis
 from kallm_bench.kan.layers import GroupFunction
-from kallm_bench.models import replaced_sites
+from kallm_bench.models import replaced_modules, replaced_sites
 from kallm_bench.models.revert import sites_from
 from kallm_bench.models.sites import Site, answer_by, module_at, original_at
+from kallm_bench.training.settings import TrainSettings
 
 STAGES = {
     "backwards": "from the last replaced block to the first",
@@ -229,6 +230,25 @@ class Curriculum:
                 original = original.to(device, model.dtype).requires_grad_(False).eval()
                 places.append(_Place(module, original, turns[site.block], torch.zeros((), device=device)))
         return places
+
+
+def make_curriculum(
+    model: PreTrainedModel, settings: CurriculumSettings, train: TrainSettings, base: PreTrainedModel | None = None
+) -> Curriculum | None:
+    """The curriculum of one training run; None where it has none. Skeletons do, to ask whether there can be one.
+
+    Raises:
+        TrainingError, SpecError: see Curriculum; also a replaced block below what learns.
+    """
+    if not (settings.active and train.steps):
+        return None
+    first = min(replaced_modules(model), default=0)
+    if train.scope in ("tail", "tail+head") and (train.tail_from or 0) > first:
+        raise TrainingError(
+            f"tail_from {train.tail_from}: block {first} was replaced and would not learn, so it can take no part in a "
+            f"curriculum; take {first} or leave tail_from out"
+        )
+    return Curriculum(model, settings, train.steps, base)
 
 
 def _growing(modules: Iterable[nn.Module], start_degree: int) -> list[_Layer]:

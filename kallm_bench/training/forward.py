@@ -30,8 +30,9 @@ from kallm_bench.training.compiling import can_compile
 from kallm_bench.training.data import IGNORE, Rows
 from kallm_bench.training.entry import entered, left, place_to_split
 from kallm_bench.training.graphs import FrozenGraph, learning_graph
-from kallm_bench.training.loss import loss_of
+from kallm_bench.training.loss import Objective, loss_of
 from kallm_bench.training.prefix_cache import PrefixCache
+from kallm_bench.training.teacher import Teacher
 
 HALF = (torch.float16, torch.bfloat16)
 """What the packed attention's kernel computes in."""
@@ -98,6 +99,7 @@ class Forward:
         fast: whether to compile blocks and attend without masks; needs a GPU, and costs half a minute.
         changes: whether the model's modules change as training goes, so that nothing can be recorded.
         split: whether frozen blocks may be run by themselves; not where blocks are split over processes.
+        teacher: whose word counts in what a step makes smaller; it goes the same ways as the model.
 
     What is frozen below the first learning block is run as in evaluation, in the compute dtype, and what it gives is
     rounded to that dtype, whether or not it is kept.
@@ -111,8 +113,10 @@ class Forward:
         fast: bool = False,
         split: bool = True,
         changes: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         self.model = model.eval()
+        self._teacher = teacher
         self.autocast = autocast
         self._device = model.device
         # float16 has no room for what some models add up between blocks
@@ -130,6 +134,7 @@ class Forward:
         self._next: tuple[Rows, tuple[int, ...], Future[Batch]] | None = None
         self._graphs: dict[tuple[Any, ...], Callable[..., Tensor]] | None = None
         self._pool: Any = None
+        self._teachers_pool: Any = None  # its own: it runs between parts whose results still stand
         self._stack = ExitStack()
 
     def __enter__(self) -> Forward:
@@ -141,7 +146,9 @@ class Forward:
             self._attend_packed()
             # what is compiled of one block is used for all that are like it, and guarded by what they are not
             self._stack.enter_context(dynamo_config.patch(recompile_limit=1024, accumulated_recompile_limit=4096))
-            for block in {id(block): block for block in (*self._frozen, *self._blocks[self.first :])}.values():
+            teaching = self._teacher.tail if self._teacher else []
+            several = (*self._frozen, *self._blocks[self.first :], *teaching)
+            for block in {id(block): block for block in several}.values():
                 block.compile(dynamic=False)
                 self._stack.callback(setattr, block, "_compiled_call_impl", None)
             if self._packed and self.first and not self._changes:
@@ -191,7 +198,8 @@ class Forward:
             with self._precision():
                 masked = self.hidden(sample)
                 try:
-                    trial.enter_context(packed_attention(self.model, *self._frozen))
+                    others = [self._teacher.base] if self._teacher else []
+                    trial.enter_context(packed_attention(self.model, *self._frozen, *others))
                     self._packed = True
                     packed = self.hidden(sample)
                 except (UnsupportedError, RuntimeError):  # the latter of the kernel: an older GPU, or heads too wide
@@ -206,7 +214,7 @@ class Forward:
 
     @property
     def recording(self) -> bool:
-        """Whether both parts are replayed from CUDA graphs."""
+        """Whether all parts are replayed from CUDA graphs."""
         return self._graphs is not None
 
     def settle(self) -> None:
@@ -256,9 +264,18 @@ class Forward:
             hidden = self.hidden(batch).flatten(0, 1).index_select(0, batch.bearing)  # (P, H)
             return loss_of(self.model, hidden, batch.targets), len(batch.targets)
 
-    def objective(self, batch: Batch) -> Tensor:
-        """What a step makes smaller, as a sum over positions."""
-        return self.loss_sum(batch)[0]
+    def objective(self, batch: Batch) -> Objective:
+        """What a step makes smaller, and the cross-entropy in it. What enters the learning part is computed once."""
+        if self._teacher is None:
+            loss, _ = self.loss_sum(batch)
+            return Objective(loss, loss.detach())
+        with self._precision():
+            if self.first:
+                batch = dataclasses.replace(batch, entering=self.entering(batch))
+            # a copy, since a graph's result stands only until it is replayed
+            wanted = self._teachers_word(batch).flatten(0, 1).index_select(0, batch.bearing)
+            hidden = self.hidden(batch).flatten(0, 1).index_select(0, batch.bearing)  # (P, H)
+            return self._teacher.loss(hidden, batch.targets, wanted)
 
     def hidden(self, batch: Batch) -> Tensor:
         """What the decoder gives, final norm included: (B, T, H). Called where autocast is on."""
@@ -292,6 +309,21 @@ class Forward:
         with entered(self._blocks, self.first, entering, self._in_tuples):
             return self._decode(batch)
 
+    @torch.no_grad()
+    def _teachers_word(self, batch: Batch) -> Tensor:
+        """The teacher's final hidden states (B, T, H)."""
+        assert self._teacher is not None
+        begins = self.first and self.first == self._teacher.enters_at
+        entering = [batch.entering] if begins and batch.entering is not None else []
+        if self.recording:
+            return self._recorded("teaching", batch, *entering)
+        return self._teaching_part(batch, *entering)
+
+    def _teaching_part(self, batch: Batch, entering: Tensor | None = None) -> Tensor:
+        assert self._teacher is not None
+        bounds = batch.bounds if self._packed else {}
+        return self._teacher.hidden(batch.input_ids, batch.position_ids, entering, **bounds)
+
     def _recorded(self, part: str, batch: Batch, *entering: Tensor) -> Tensor:
         """What a part gives, by a CUDA graph of that shape; see graphs. Not by one where it cannot be recorded."""
         assert self._graphs is not None
@@ -303,11 +335,13 @@ class Forward:
         def run(ids: Tensor, positions: Tensor, ends: Tensor, *entering: Tensor) -> Tensor:
             bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest}
             fed = dataclasses.replace(batch, input_ids=ids, position_ids=positions, bounds=bounds)
+            if part == "teaching":
+                return self._teaching_part(fed, *entering)
             return self._learning_part(fed, *entering) if entering else self._frozen_part(fed)
 
         if key not in self._graphs:
             try:
-                self._graphs[key] = self._record(run, inputs)
+                self._graphs[key] = self._record(part, run, inputs)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:  # something of it waits for the GPU, as routing among experts may
@@ -315,18 +349,19 @@ class Forward:
                 return run(*inputs)
         return self._graphs[key](*inputs)
 
-    def _record(self, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    def _record(self, part: str, run: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         self._rest()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        pools = self._teachers_pool, self._pool
+        self._teachers_pool, self._pool = (pool or torch.cuda.graph_pool_handle() for pool in pools)
         precision = torch.autocast("cuda", self.autocast, enabled=self.autocast is not None, cache_enabled=False)
         with precision, torch.cuda.stream(torch.cuda.current_stream()):  # a recording that fails leaves its own behind
-            if len(inputs) > 3:
+            if part == "learning":
                 return learning_graph(run, self.model.get_decoder(), inputs, self._pool)
-            return FrozenGraph(run, inputs, self._pool)
+            return FrozenGraph(run, inputs, self._teachers_pool if part == "teaching" else self._pool)
 
     def release(self) -> None:
         """Forgets recordings and gradients, and gives back the memory that they hold."""
-        self._pool = None
+        self._pool = self._teachers_pool = None
         if self._graphs is not None:
             self._graphs = {}
         self.model.zero_grad(set_to_none=True)

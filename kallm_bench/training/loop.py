@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -32,6 +33,7 @@ from kallm_bench.training.settings import TrainSettings
 from kallm_bench.training.sharding import shard
 from kallm_bench.training.state import State
 from kallm_bench.training.step import Stepper, batches_of, signals
+from kallm_bench.training.teacher import Teacher
 
 SAVE_EVERY_SECONDS = 60.0
 """A state is saved that often,"""
@@ -73,6 +75,7 @@ def train(
     watch: Watch = nobody,
     resume: bool = True,
     curriculum: Curriculum | None = None,
+    teaching: Callable[[PreTrainedModel], Teacher] | None = None,
     processes: Processes = ALONE,
     sharded: bool = False,
     fast: bool = False,
@@ -88,6 +91,8 @@ def train(
         batch_rows: rows that go through the model at once; halved where memory runs out.
         resume: whether a state that is there is taken up; else it is removed.
         curriculum: told of every step before it is done.
+        teaching: makes the teacher of a model whose scope is known. The losses that are told are plain cross-entropy
+            all the same.
         processes: who else runs this call, with the same arguments.
         sharded: whether the blocks' weights are split over the processes; `model` then lies on the CPU.
         fast: see Forward; it changes time and rounding, not the result.
@@ -97,7 +102,7 @@ def train(
         Interrupted: a signal came; the state after the step it came in is saved.
         TrainingError: too little data for one pass, a loss or gradient that is not finite (the last good state is
             kept), no memory for one row, another process that has ended, an architecture whose decoder and head cannot
-            be run apart, or a scope that cannot be.
+            be run apart, a scope that cannot be, or split weights with a curriculum or a teacher.
         DiskError: the state could not be saved; the last one is intact.
     """
     steps = settings.steps
@@ -108,6 +113,11 @@ def train(
         )
     if sharded and autocast == torch.float16:
         raise TrainingError("split weights and float16 do not go together; take --dtype bfloat16 or float32")
+    if sharded and (curriculum or teaching):
+        raise TrainingError(
+            "split weights do not go together with a curriculum or a teacher, which need modules whole; leave --shard "
+            "out, or train without them"
+        )
     if steps:
         apply_scope(model, settings.scope, settings.tail_from)
     if sharded:
@@ -119,7 +129,12 @@ def train(
         raise TrainingError(f"{type(model).__name__} lets documents packed into one row see each other")
     fit = Fit(batch_rows, watch, fixed=sharded)
     with Forward(
-        model, autocast=autocast, fast=fast and steps > 0, split=not sharded, changes=curriculum is not None
+        model,
+        autocast=autocast,
+        fast=fast and steps > 0,
+        split=not sharded,
+        changes=curriculum is not None,
+        teacher=teaching(model) if teaching and steps else None,
     ) as forward:
 
         def measure() -> tuple[float, int]:

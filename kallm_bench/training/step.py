@@ -34,7 +34,7 @@ class Step:
     """What became of a step, the same on every process.
 
     Args:
-        loss: the mean loss before it; None where it was left, with nothing changed.
+        loss: the mean cross-entropy before it; None where it was left, with nothing changed.
         stopped_by: the signal that asked some process to stop; 0 where none did.
         due: whether the state shall be saved now.
         trouble: why training cannot go on; empty where it can. Then nothing was changed.
@@ -112,9 +112,9 @@ class Stepper:
                 forward.keep_gradients(state.learning.values())
             if stop and not together:
                 return total, True
-            loss = forward.objective(batch)
-            torch.autograd.backward(state.scaler.scale(loss / count))
-            total += loss.detach()
+            objective = forward.objective(batch)
+            torch.autograd.backward(state.scaler.scale(objective.total / count))
+            total += objective.cross_entropy
         return total, False
 
     def _move(self) -> str:
