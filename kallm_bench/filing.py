@@ -45,6 +45,7 @@ class Bench:
         batch_size: sequences through the model at once; None chooses by device.
         processes: who else does this stage, where it is training; the first one files it.
         sharded: whether they split the model's weights.
+        trackers: names in training.TRACKERS, told of every step of training.
         watch: told of progress.
     """
 
@@ -60,6 +61,7 @@ class Bench:
     batch_size: int | None = None
     processes: Processes = ALONE
     sharded: bool = False
+    trackers: tuple[str, ...] = ()
     watch: Watch = nobody
 
     @property

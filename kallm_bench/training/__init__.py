@@ -8,11 +8,13 @@ from kallm_bench.training.processes import ALONE, Processes, asked_for, join
 from kallm_bench.training.scope import SCOPES, apply_scope, check_scope, parameters_in
 from kallm_bench.training.settings import SCHEDULES, TrainSettings
 from kallm_bench.training.sharding import gather_into
+from kallm_bench.training.trackers import TRACKERS, check_trackers, tracking
 
 __all__ = [
     "ALONE",
     "SCHEDULES",
     "SCOPES",
+    "TRACKERS",
     "DataSource",
     "Fit",
     "Forward",
@@ -23,6 +25,7 @@ __all__ = [
     "apply_scope",
     "asked_for",
     "check_scope",
+    "check_trackers",
     "find_data",
     "gather_into",
     "heldout_loss",
@@ -30,5 +33,6 @@ __all__ = [
     "parameters_in",
     "prepare",
     "tokenizer_fingerprint",
+    "tracking",
     "train",
 ]
