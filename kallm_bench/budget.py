@@ -35,7 +35,7 @@ from kallm_bench.training.loop import SAVE_EVERY_SECONDS, SAVE_SHARE, TrainResul
 from kallm_bench.training.prefix_cache import size_of
 
 TRIAL_STEPS = 4
-"""Steps that are tried; the first warms up."""
+"""Steps that are tried, or 2 where they are long; the first warms up."""
 
 LONG_STEP_SECONDS = 4.0
 """On a CPU a step is tried with as many of its rows as take so long, and two batches at least."""
@@ -171,12 +171,13 @@ def try_run(
         return train(model, rows, heldout, still, None, watch=stamps, **ways)
 
     tried = every if on_gpu else min(every, 2 * batch)
-    steps = min(settings.steps, TRIAL_STEPS)
+    steps = min(settings.steps, TRIAL_STEPS if on_gpu else 2)
     with peak_memory(model.device) as peak:
         first = result = attempt(tried, steps, TRIAL_HELDOUT_BATCHES)
         if tried < every and steps:
             at_most = int(LONG_STEP_SECONDS / _usual(first.step_seconds) * tried) // batch * batch
             if tried < (more := min(every, at_most)):
+                steps = min(settings.steps, TRIAL_STEPS)
                 tried, result = more, attempt(more, steps, 1)
     measured = _Speed(
         step=_usual(result.step_seconds) * every / tried,
@@ -267,7 +268,11 @@ def foresee(wanted: Wanted, records: Sequence[RunRecord]) -> Budget:
         rate = (like.value("train_flops_per_token") or 0.0) * (like.value("train_tokens_per_second") or 0.0)
         source = f"by {like.arm} of {like.suite}"
     else:
-        bearing, rate, source = USUAL_BEARING, USUAL_EFFICIENCY * _product_rate(wanted.device, wanted.dtype), "estimate"
+        bearing, rate, source = (
+            USUAL_BEARING,
+            USUAL_EFFICIENCY * _product_rate(wanted.device, wanted.dtype),
+            "an estimate, without activations",
+        )
     tokens = settings.rows_per_step * settings.row_length
     row = settings.row_length * flops_per_token(model) / rate
     speed = _Speed(tokens * training_flops(model, bearing) / rate, row)
@@ -310,7 +315,7 @@ def _nearest(wanted: Wanted, records: Sequence[RunRecord]) -> RunRecord | None:
 def _peaks(static: float, like: RunRecord | None, wanted: Wanted) -> dict[str, float]:
     """A record's peaks, with this run's weights, gradients and moments for its own, and as many tokens at once."""
     if like is None:
-        return {}
+        return {"peak_vram_allocated_bytes" if wanted.device.type == "cuda" else "peak_resident_bytes": static}
     own = 4 * like.model["parameters"] + ADAM_BYTES * (like.model["trainable_parameters"] or 0)
     more = wanted.settings.row_length / like.settings["row_length"]
     found = {metric.name: metric.value for metric in like.metrics if metric.name.startswith("peak_")}

@@ -275,12 +275,16 @@ def show_tables(tables: Sequence[Table]) -> None:
         if table.kind == "kernels":
             _show_groups(table.title, cells)
         else:
-            shown = _grid(table.title, cells)
-            if shown.__rich_measure__(out, out.options.update(max_width=10_000)).maximum > out.width:
-                shown = _grid(table.title, [list(column) for column in zip(*cells, strict=True)])
-            out.print(shown)
+            _show_grid(table.title, cells)
         for note in table.notes:
             out.print(f"· {note}", style="dim")
+
+
+def _show_grid(title: str, cells: Sequence[Sequence[str]]) -> None:
+    shown = _grid(title, cells)
+    if shown.__rich_measure__(out, out.options.update(max_width=10_000)).maximum > out.width:
+        shown = _grid(title, [list(column) for column in zip(*cells, strict=True)])
+    out.print(shown)
 
 
 def _grid(title: str, cells: Sequence[Sequence[str]]) -> RichTable:
@@ -391,7 +395,7 @@ def show_cells(cells: Sequence[CellForecast], room: Room, as_json: bool) -> None
     if as_json:
         show_json([dataclasses.asdict(cell) | {"budget": cell.budget and cell.budget.to_json()} for cell in cells])
         return
-    show_rows(CELL_HEADINGS, [_cell_row(cell) for cell in cells])
+    _show_grid("Nothing was run: this is what it would take", [CELL_HEADINGS, *(_cell_row(cell) for cell in cells)])
     budgets = [cell.budget for cell in cells if cell.budget]
     if budgets:
         # every cell keeps what it retrofitted and what it trained; states go one after the other

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import DeviceError
@@ -77,8 +77,9 @@ def measure_training(
     weights: the learning rate is zero.
     """
     ids = _random_tokens(model, settings)
-    step = _training_step(model, ids, settings, autocast)
-    with peak_memory(model.device) as peak:
+    learning = apply_scope(model, settings.scope, settings.tail_from)
+    with Forward(model, autocast=autocast) as forward, peak_memory(model.device) as peak:
+        step = _training_step(forward, learning, ids)
         speed = _timed("train_tokens_per_second", ids.numel(), step, model.device, settings.repeats, watch)
     return [speed, *peak]
 
@@ -128,14 +129,10 @@ def _decode(model: PreTrainedModel, ids: Tensor, new: int) -> None:
     )
 
 
-def _training_step(
-    model: PreTrainedModel, ids: Tensor, settings: ProfileSettings, autocast: torch.dtype | None
-) -> Callable[[], None]:
-    learning = apply_scope(model, settings.scope, settings.tail_from)
+def _training_step(forward: Forward, learning: list[nn.Parameter], ids: Tensor) -> Callable[[], None]:
     optimiser = torch.optim.AdamW(learning, lr=0.0, weight_decay=0.0)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     batch = batch_of(ids.cpu(), positions, ids.roll(-1, dims=1).cpu(), ids.device)
-    forward = Forward(model, autocast=autocast)
 
     def step() -> None:
         loss, count = forward.loss_sum(batch)
