@@ -42,6 +42,9 @@ PrefixCache = Annotated[
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences at once; chosen by device if left out.")]
+Track = Annotated[
+    str, typer.Option(help="Trackers that training is logged to, with commas: tensorboard, wandb, trackio, mlflow.")
+]
 Results = Annotated[Path, typer.Option(help="Folder of records.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that CKPT brings; look at it first.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -187,6 +190,13 @@ def train(
         bool, typer.Option("--resume/--no-resume", help="Go on where a stopped run of this command stands, or anew.")
     ] = True,
     prefix_cache: PrefixCache = False,
+    heldout_every: Annotated[
+        float, typer.Option(help="Take the held-out loss after so many steps too; below 1, a share of all steps.")
+    ] = 0.0,
+    track: Track = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try a few steps, in memory alone, and say what training would come to.")
+    ] = False,
     shard: Annotated[
         bool, typer.Option("--shard", help="Split the weights over the processes (FSDP): for models that do not fit.")
     ] = False,
@@ -206,6 +216,7 @@ def train(
     torchrun --nproc-per-node 2 -m kallm_bench.cli train CKPT --tokens 1000000
     """
     from kallm_bench import engine
+    from kallm_bench.budget import Room
     from kallm_bench.errors import TrainingError
     from kallm_bench.filing import find_ref
     from kallm_bench.profiling import find_device
@@ -226,17 +237,25 @@ def train(
                     rows_per_step=rows_per_step,
                     scope=scope,
                     learning_rate=learning_rate,
+                    heldout_every=heldout_every,
                     seed=seed,
                 )
-                bench = _bench(results, display, device, dtype, batch_size, seed, processes=processes, sharded=shard)
-                bench = dataclasses.replace(bench, prefix_cache=prefix_cache)
+                bench = _bench(
+                    results, display, device, dtype, batch_size, seed, processes=processes, sharded=shard,
+                    prefix_cache=prefix_cache, trackers=_trackers(track), dry=dry_run,
+                )  # fmt: skip
                 ref = find_ref(checkpoint, trust_remote_code)
                 lessons = engine.Lessons(
                     distillation=DistillationSettings(distill, temperature),
                     base=find_ref(base, trust_remote_code) if base else None,
                 )
-            record = engine.train_model(bench, ref, settings, out, lessons=lessons, replace=force, resume=resume)
-        if processes.first:
+            if dry_run:
+                coming = engine.try_training(bench, ref, settings)
+            else:
+                record = engine.train_model(bench, ref, settings, out, lessons=lessons, replace=force, resume=resume)
+        if dry_run:
+            console.show_training(coming, Room.of(bench.device, out or bench.runs), as_json)
+        elif processes.first:
             console.show_records([record], as_json, bench.store.written)
 
 
@@ -420,7 +439,10 @@ def run(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="A TOML file, or the name of a shipped suite.")],
     only: Annotated[str, typer.Option(help="Arms to run, with commas; all if left out.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds in place of the suite's: 0,1,2.")] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells, with what they will take, and stop.")
+    ] = False,
+    track: Track = "",
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
@@ -433,20 +455,20 @@ def run(
     kallm run quickstart
     """
     from kallm_bench import engine
+    from kallm_bench.budget import Room
     from kallm_bench.suites import find_suite, read_suite
 
     arms = _names(only, "--only") if only else []
     read = read_suite(find_suite(suite), arms, _numbers(seeds) if seeds else None)
     if dry_run:
-        headings, cells = ("arm", "seed", "what", "training tokens", "questions from"), engine.describe_cells(read)
-        if as_json:
-            console.show_json([dict(zip(headings, cell, strict=True)) for cell in cells])
-        else:
-            console.show_rows(headings, cells)
+        bench = _bench(results, console.Display(silent=True), device, dtype, batch_size, dry=True)
+        console.show_cells(engine.foresee_suite(bench, read), Room.of(bench.device, bench.runs), as_json)
         return
     with console.Display(engine.plan_of(read)) as display:
-        bench = _bench(results, display, device, dtype, batch_size, suite_file=suite)
-        bench = dataclasses.replace(bench, prefix_cache=prefix_cache)
+        bench = _bench(
+            results, display, device, dtype, batch_size, suite_file=suite, prefix_cache=prefix_cache,
+            trackers=_trackers(track),
+        )  # fmt: skip
         records, failures = engine.run_suite(bench, read, begin=display.begin)
     report = engine.write_report(bench.store, read, bench.testbed, records)
     _tell_damaged(bench.store)
@@ -690,8 +712,11 @@ def _bench(
     suite_file: str = "",
     processes: Processes | None = None,
     sharded: bool = False,
+    prefix_cache: bool = False,
+    trackers: tuple[str, ...] = (),
+    dry: bool = False,
 ) -> Bench:
-    """The bench of a command; refuses an unwritable results folder before any work is done."""
+    """The bench of a command; refuses an unwritable results folder before any work is done. `dry` makes no folder."""
     from kallm_bench.errors import DeviceError
     from kallm_bench.filing import Bench
     from kallm_bench.profiling import find_device, find_dtype, identity
@@ -706,7 +731,7 @@ def _bench(
     store = ResultsStore(results)
     return Bench(
         store,
-        store.testbed(identity()),
+        store.known_testbed(identity()) if dry else store.testbed(identity()),
         Path("runs"),
         where,
         computes_in,
@@ -715,6 +740,8 @@ def _bench(
         batch_size=batch_size,
         processes=processes,
         sharded=sharded,
+        prefix_cache=prefix_cache,
+        trackers=trackers,
         watch=display,
     )
 
@@ -722,6 +749,14 @@ def _bench(
 def _tell_damaged(store: ResultsStore) -> None:
     for path, reason in dict(store.damaged).items():
         console.tell(f"set aside: {path}: {reason}")
+
+
+def _trackers(text: str) -> tuple[str, ...]:
+    from kallm_bench.training import check_trackers
+
+    names = tuple(_names(text, "--track")) if text else ()
+    check_trackers(names)
+    return names
 
 
 def _names(text: str, option: str) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -24,6 +27,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from kallm_bench.budget import Budget, Room
+    from kallm_bench.engine import CellForecast
     from kallm_bench.forecast import Forecast
     from kallm_bench.records import Metric, RunRecord
     from kallm_bench.reporting import Table
@@ -35,11 +40,60 @@ err = _console(stderr=True)
 PLAIN_EVERY_SECONDS = 15.0
 """Without a terminal there is no bar to redraw: a line now and then, so that a log shows that work goes on."""
 
+NOTES = 4
+"""Parts of a note that are shown."""
+
 MAIN_WORKS = ("training", "questions", "contenders")
 """Of what a part of a plan consists of, the works that take its time."""
 
 SKIPPED_SECONDS = 3.0
 """A part that is over sooner was done by an earlier run."""
+
+
+class NotePart(ProgressColumn):
+    """One part of a task's note; see Watch."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def render(self, task: Task) -> Text:
+        parts = task.fields["note"].split(", ")
+        return Text(parts[self.number] if self.number < len(parts) else "", no_wrap=True)
+
+
+class Lines(Progress):
+    """A line a task; where the terminal is too narrow for it, what matters less is left out."""
+
+    def __init__(self) -> None:
+        notes = [NotePart(number) for number in range(NOTES)]
+        bar, elapsed, left = BarColumn(bar_width=20), TimeElapsedColumn(), _Left()
+        work = TextColumn("{task.description}", markup=False)
+        self.dispensable: list[ProgressColumn] = [bar, elapsed, *reversed(notes[1:]), left, notes[0]]
+        super().__init__(
+            work, bar, MofNCompleteColumn(), *notes, elapsed, left,
+            console=err, transient=True, speed_estimate_period=300,
+        )  # fmt: skip
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> RichTable:
+        every, tasks = self.columns, list(tasks)
+        wide = err.options.update(max_width=10_000)
+        try:
+            for count in range(len(self.dispensable) + 1):
+                self.columns = tuple(column for column in every if column not in self.dispensable[:count])
+                table = super().make_tasks_table(tasks)
+                if table.__rich_measure__(err, wide).maximum <= err.width:
+                    break
+        finally:
+            self.columns = every
+        return table
+
+
+class _Left(TimeRemainingColumn):
+    """The time left, with the word."""
+
+    def render(self, task: Task) -> Text:
+        return Text("left ") + super().render(task)
 
 
 class Display:
@@ -61,17 +115,8 @@ class Display:
         self.part_began = self.began = time.monotonic()
         self.last_plain = 0.0
         self.last_work = ""
-        self.progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            console=err,
-            transient=True,
-        )
+        self.heard = ("", 0, 0, 0.0)
+        self.progress = Lines()
         self.whole: TaskID | None = None
         self.current: TaskID | None = None
 
@@ -103,7 +148,7 @@ class Display:
             self.last_word = work
             return
         share = self._share(work, done, total)
-        left = self._left(share)
+        left = self._left(share) or self._left_of_work(work, done, total)
         if not err.is_terminal:
             self._plain(work, done, total, note, left)
             return
@@ -118,7 +163,8 @@ class Display:
         if self.current is None or work != self.last_work:
             if self.current is not None:
                 self.progress.remove_task(self.current)
-            self.current = self.progress.add_task(work, total=total or None, note=note)
+            # what an earlier run has done says nothing of the speed of this one
+            self.current = self.progress.add_task(work, total=total or None, completed=done, note=note)
             self.last_work = work
         self.progress.update(self.current, completed=done, total=total or None, note=note)
 
@@ -132,8 +178,16 @@ class Display:
         elapsed = time.monotonic() - self.began
         if share < 0.02:
             return ""
-        seconds = elapsed * (1 - share) / share
-        return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+        return _minutes(elapsed * (1 - share) / share)
+
+    def _left_of_work(self, work: str, done: int, total: int) -> str:
+        """By the speed since this work was first heard of; where there is no plan, that is all that is known."""
+        now = time.monotonic()
+        if self.plan or (work, total) != self.heard[:2]:
+            self.heard = (work, total, done, now)
+            return ""
+        _, _, first, began = self.heard
+        return _minutes((now - began) * (total - done) / (done - first)) if first < done < total else ""
 
     def _plain(self, work: str, done: int, total: int, note: str, left: str) -> None:
         now = time.monotonic()
@@ -146,6 +200,10 @@ class Display:
         self.last_plain, self.last_work = now, work
         parts = [self.part, f"{work} {done}/{total}" if total else work, note, f"about {left} left" if left else ""]
         err.print(", ".join(part for part in parts if part))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 def prepare() -> None:
@@ -217,12 +275,16 @@ def show_tables(tables: Sequence[Table]) -> None:
         if table.kind == "kernels":
             _show_groups(table.title, cells)
         else:
-            shown = _grid(table.title, cells)
-            if shown.__rich_measure__(out, out.options.update(max_width=10_000)).maximum > out.width:
-                shown = _grid(table.title, [list(column) for column in zip(*cells, strict=True)])
-            out.print(shown)
+            _show_grid(table.title, cells)
         for note in table.notes:
             out.print(f"· {note}", style="dim")
+
+
+def _show_grid(title: str, cells: Sequence[Sequence[str]]) -> None:
+    shown = _grid(title, cells)
+    if shown.__rich_measure__(out, out.options.update(max_width=10_000)).maximum > out.width:
+        shown = _grid(title, [list(column) for column in zip(*cells, strict=True)])
+    out.print(shown)
 
 
 def _grid(title: str, cells: Sequence[Sequence[str]]) -> RichTable:
@@ -283,6 +345,77 @@ def show_forecast(coming: Forecast, as_json: bool) -> None:
         for scope, count in coming.trainable.items()
     ]
     show_pairs("Nothing was done: this is what it would come to", pairs)
+
+
+def show_training(coming: Budget, room: Room, as_json: bool) -> None:
+    """What a training run would take."""
+    if as_json:
+        show_json(coming.to_json() | {"room": dataclasses.asdict(room)})
+        return
+    pairs = [
+        ("steps", f"{coming.steps:,}"),
+        ("tokens", f"{coming.tokens:,}"),
+        ("parameters", f"{coming.parameters:,}"),
+        ("of them learn", f"{coming.trainable_parameters:,}"),
+        ("takes", f"about {_minutes(coming.seconds)} minutes, loading aside"),
+        *((name, _gib(size)) for name, size in coming.peaks.items()),
+        ("rows at once", str(coming.rows_at_once)),
+        ("checkpoint", _gib(coming.checkpoint_bytes)),
+        ("state of a stopped run", _gib(coming.state_bytes)),
+        ("disk, at most at one time", _gib(coming.disk_bytes)),
+    ]
+    if coming.cache_bytes:
+        pairs.append(("what frozen blocks give, if kept", _gib(coming.cache_bytes)))
+    pairs.append(("known from", coming.source))
+    show_pairs("Nothing was saved: this is what it would take", pairs)
+    for line in _too_much([coming.peak_bytes or 0], coming.disk_bytes, room):
+        tell(line)
+
+
+def _too_much(peaks: Sequence[float], disk_bytes: float, room: Room) -> list[str]:
+    """Whether memory and disk will do."""
+    lines = []
+    for what, needed, there in (
+        ("memory", max(peaks, default=0), room.memory_bytes),
+        ("disk", disk_bytes, room.disk_bytes),
+    ):
+        verdict = "fits" if needed <= there else "does not fit"
+        lines.append(f"{what}: {_gib(needed)} of {_gib(there)}: {verdict}")
+    return lines
+
+
+CELL_HEADINGS = (
+    "arm", "seed", "what", "training tokens", "steps", "parameters", "that learn", "takes", "peak memory",
+    "checkpoint", "known from", "questions from",
+)  # fmt: skip
+
+
+def show_cells(cells: Sequence[CellForecast], room: Room, as_json: bool) -> None:
+    """The cells of a suite, with what each one's training would take, and all of it."""
+    if as_json:
+        show_json([dataclasses.asdict(cell) | {"budget": cell.budget and cell.budget.to_json()} for cell in cells])
+        return
+    _show_grid("Nothing was run: this is what it would take", [CELL_HEADINGS, *(_cell_row(cell) for cell in cells)])
+    budgets = [cell.budget for cell in cells if cell.budget]
+    if budgets:
+        # every cell keeps what it retrofitted and what it trained; states go one after the other
+        kept = sum(2 * budget.checkpoint_bytes for budget in budgets)
+        disk = kept + max(budget.disk_bytes - budget.checkpoint_bytes for budget in budgets)
+        say(f"Training takes about {_minutes(sum(budget.seconds for budget in budgets))} minutes in all.")
+        for line in _too_much([budget.peak_bytes or 0 for budget in budgets], disk, room):
+            tell(line)
+
+
+def _cell_row(cell: CellForecast) -> list[str]:
+    budget = cell.budget
+    if budget is None:
+        return [cell.arm, cell.seed, cell.what, *("–" for _ in range(7)), cell.trouble or "–", cell.questions or "–"]
+    return [
+        cell.arm, cell.seed, cell.what, f"{budget.tokens:,}", f"{budget.steps:,}", f"{budget.parameters / 1e6:.2f}M",
+        f"{budget.trainable_parameters / 1e6:.2f}M", _minutes(budget.seconds),
+        _gib(budget.peak_bytes) if budget.peak_bytes else "–", _gib(budget.checkpoint_bytes), budget.source,
+        cell.questions or "–",
+    ]  # fmt: skip
 
 
 def _gib(size: float) -> str:

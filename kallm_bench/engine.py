@@ -20,6 +20,7 @@ from kallm_bench.bbh.evaluate import EvalSettings, ask, score
 from kallm_bench.bbh.protocols import find_protocol
 from kallm_bench.bbh.questions import load_questions
 from kallm_bench.bbh.tasks import TASKS
+from kallm_bench.budget import Budget, Wanted, foresee, try_run
 from kallm_bench.errors import CheckpointError, DataError, KallmError, ModelError, TrainingError
 from kallm_bench.files import cache_folder, check_writable, write_file
 from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, parameter_count, ref_after
@@ -50,11 +51,15 @@ from kallm_bench.models import revert as put_back
 from kallm_bench.profiling import (
     KernelProblem,
     ProfileSettings,
+    describe_run,
     flops_per_token,
+    heldout_curve,
     measure_inference,
     measure_kernels,
     measure_training,
+    peak_memory,
 )
+from kallm_bench.progress import Log, nowhere
 from kallm_bench.records import Metric, ResultsStore, RunRecord
 from kallm_bench.reporting import Table, build_tables, facts_of, to_csv, to_markdown
 from kallm_bench.suites import Cell, Suite
@@ -75,6 +80,7 @@ from kallm_bench.training import (
     parameters_in,
     prepare,
     tokenizer_fingerprint,
+    tracking,
     train,
 )
 
@@ -317,6 +323,8 @@ def train_model(
     described |= {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
     lessons = (lessons if settings.steps else NONE).of(ref)
     described |= lessons.described()
+    if not settings.heldout_interval:
+        del described["heldout_every"]  # as it was before there was such a setting
     if settings.steps == 0:
         described["seed"] = None  # one measurement serves every seed
     stage = Stage(bench, "train", described, ref)
@@ -354,7 +362,6 @@ def _train(
     def load(device: torch.device | str, which: ModelRef = ref) -> PreTrainedModel:
         return load_model(which.open(), torch.float32, device)[0]
 
-    on_gpu = bench.device.type == "cuda"
     model = load("cpu" if bench.sharded else bench.device)
     base = load(model.device, lessons.base) if lessons.base else None
     curriculum = make_curriculum(model, lessons.curriculum, settings, base)
@@ -368,24 +375,26 @@ def _train(
         rows, kept = prepare(
             settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing
         )
-    result = train(
-        model,
-        rows,
-        kept,
-        settings,
-        _state_of(stage),
-        autocast=bench.autocast,
-        batch_rows=bench.batch_size or (32 if on_gpu else 4),
-        fast=on_gpu and settings.tokens >= FAST_TOKENS and not bench.sharded,
-        cache=cache_folder() if bench.prefix_cache else None,
-        watch=bench.watch,
-        resume=resume,
-        curriculum=curriculum,
-        teaching=teaching,
-        processes=processes,
-        sharded=bench.sharded,
-    )
+    with _logging(bench, stage) as log, peak_memory(bench.device) as peak:
+        result = train(
+            model,
+            rows,
+            kept,
+            settings,
+            _state_of(stage),
+            watch=bench.watch,
+            log=log,
+            resume=resume,
+            curriculum=curriculum,
+            teaching=teaching,
+            processes=processes,
+            sharded=bench.sharded,
+            **_ways(bench, settings),
+        )
     del teaching
+    figures = []
+    if settings.steps:
+        figures = [*describe_run(model, rows, settings, result, bench.dtype, processes), *peak]
     if bench.sharded:
         split, model = model, load("cpu") if processes.first else model
         gather_into(model, split, processes)
@@ -402,10 +411,53 @@ def _train(
         return stage.finish(metrics, data=about, model=model)
     last = result.losses[-max(1, len(result.losses) // 10) :]
     metrics.append(Metric("train_loss", sum(last) / len(last), n=len(last), samples=result.losses))
+    metrics += [*heldout_curve(settings, result), *figures]
     save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), base=stage.base, replace=replace)
     record = stage.finish(metrics, saved=True, data=about, model=model)
     _describe(bench, stage.folder, model, record)
     return record
+
+
+def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings) -> Budget:
+    """What training a checkpoint would take here, from a few steps of it. Only the cache of tokenised data is written.
+
+    Raises:
+        TrainingError: several processes; what training itself would refuse.
+    """
+    if bench.processes.count > 1:
+        raise TrainingError("--dry-run measures on one process; start it without torchrun")
+    _data_of(settings)
+    bench.watch("loading the model", 0, 1)
+    model, tokenizer = load_model(ref.open(), torch.float32, bench.device)
+    if settings.steps:
+        parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
+
+    def packing(done: int, total: int) -> None:
+        bench.watch("packing conversations", done, total)
+
+    rows, kept = prepare(
+        settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing
+    )
+    return try_run(model, rows, kept, settings, _ways(bench, settings) | {"cache": None}, bench.watch)
+
+
+def _ways(bench: Bench, settings: TrainSettings) -> dict[str, Any]:
+    """How training is done here; it changes time, memory and rounding."""
+    on_gpu = bench.device.type == "cuda"
+    return {
+        "autocast": bench.autocast,
+        "batch_rows": bench.batch_size or (32 if on_gpu else 4),
+        "fast": on_gpu and settings.tokens >= FAST_TOKENS and not bench.sharded,
+        "cache": cache_folder() if bench.prefix_cache else None,
+    }
+
+
+def _logging(bench: Bench, stage: Stage) -> AbstractContextManager[Log]:
+    """The trackers that were asked for, on the process that writes."""
+    if not bench.trackers or not bench.processes.first:
+        return nullcontext(nowhere)
+    name = f"{bench.suite}-{stage.arm}-s{bench.seed}-{stage.key[:8]}"
+    return tracking(bench.trackers, name, bench.runs / "tracking", stage.settings, on_cpu=bench.device.type == "cpu")
 
 
 def _state_of(stage: Stage) -> Path:
@@ -614,18 +666,47 @@ def plan_of_kernels(problems: Sequence[KernelProblem]) -> dict[str, float]:
     return {problem.arm: 10_000.0 * len(problem.contenders) for problem in problems}
 
 
-def describe_cells(suite: Suite) -> list[tuple[str, str, str, str, str]]:
-    """A line a cell: arm, seed, what is replaced, training tokens, source of the questions."""
-    return [
-        (
-            cell.arm,
-            str(cell.seed),
-            f"{cell.spec.basis}, {cell.spec.start}, blocks {cell.spec.blocks}" if cell.spec else "nothing replaced",
-            f"{cell.train.tokens:,}" if "train" in cell.stages else "–",
-            cell.eval.source or "BIG-Bench Hard" if "eval-bbh" in cell.stages else "–",
-        )
-        for cell in suite.cells
-    ] + [(problem.arm, "", f"{len(problem.contenders)} contenders", "–", "–") for problem in suite.kernels]
+@dataclasses.dataclass(frozen=True)
+class CellForecast:
+    """A cell that was not run: what it is, and what its training would take.
+
+    Args:
+        arm, seed, what, questions: as a reader wants them.
+        budget: None where nothing is trained or measured on held-out rows, or `trouble` says why none can be made.
+    """
+
+    arm: str
+    seed: str
+    what: str
+    questions: str = ""
+    budget: Budget | None = None
+    trouble: str = ""
+
+
+def foresee_suite(bench: Bench, suite: Suite) -> list[CellForecast]:
+    """What each cell would take by what records of this testbed tell, and what is measured of layers alone."""
+    records = bench.store.records(testbed=bench.testbed) if bench.testbed else []
+    cells = []
+    for cell in suite.cells:
+        what = f"{cell.spec.basis}, {cell.spec.start}, blocks {cell.spec.blocks}" if cell.spec else "nothing replaced"
+        asked = (cell.eval.source or "BIG-Bench Hard") if "eval-bbh" in cell.stages else ""
+        here = CellForecast(cell.arm, str(cell.seed), what, asked)
+        if "train" in cell.stages:
+            try:
+                here = dataclasses.replace(here, budget=_foresee_cell(bench, suite.name, cell, records))
+            except KallmError as error:
+                here = dataclasses.replace(here, trouble=str(error))
+        cells.append(here)
+    return cells + [CellForecast(each.arm, "", f"{len(each.contenders)} contenders") for each in suite.kernels]
+
+
+def _foresee_cell(bench: Bench, suite: str, cell: Cell, records: Sequence[RunRecord]) -> Budget:
+    ref = find_ref(cell.model)
+    wanted = Wanted(
+        suite, cell.arm, load_config(ref.open()), _spec_of(cell, ref), cell.train, bench.device, bench.dtype,
+        _ways(bench, cell.train)["batch_rows"],
+    )  # fmt: skip
+    return foresee(wanted, records)
 
 
 class Report(NamedTuple):

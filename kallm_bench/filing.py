@@ -46,6 +46,7 @@ class Bench:
         processes: who else does this stage, where it is training; the first one files it.
         sharded: whether they split the model's weights.
         prefix_cache: whether training keeps on disk what frozen blocks give, for other arms and seeds.
+        trackers: names in training.TRACKERS, told of every step of training.
         watch: told of progress.
     """
 
@@ -62,6 +63,7 @@ class Bench:
     processes: Processes = ALONE
     sharded: bool = False
     prefix_cache: bool = False
+    trackers: tuple[str, ...] = ()
     watch: Watch = nobody
 
     @property

@@ -34,6 +34,7 @@ ORDER = [
     "filing",
     "reporting",
     "forecast",
+    "budget",
     "engine",
     "fetch",
     "generate",

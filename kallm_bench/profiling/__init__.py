@@ -3,7 +3,9 @@
 from kallm_bench.profiling.flops import flops_per_token
 from kallm_bench.profiling.hardware import environment, find_device, find_dtype, identity
 from kallm_bench.profiling.kernels import measure_kernels
+from kallm_bench.profiling.memory import peak_memory
 from kallm_bench.profiling.problems import KernelProblem, KernelSettings, problems_by_hand
+from kallm_bench.profiling.runs import describe_run, heldout_curve
 from kallm_bench.profiling.throughput import ProfileSettings, measure_inference
 from kallm_bench.profiling.training_step import measure_training
 
@@ -11,13 +13,16 @@ __all__ = [
     "KernelProblem",
     "KernelSettings",
     "ProfileSettings",
+    "describe_run",
     "environment",
     "find_device",
     "find_dtype",
     "flops_per_token",
+    "heldout_curve",
     "identity",
     "measure_inference",
     "measure_kernels",
     "measure_training",
+    "peak_memory",
     "problems_by_hand",
 ]

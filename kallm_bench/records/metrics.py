@@ -25,6 +25,9 @@ METRICS: dict[str, MetricKind] = {
     "start_seconds": MetricKind("s", "lower", "to find where the new parameters start"),
     "conversion_error": MetricKind("relative", "lower", "largest miss of a change of basis over its domain"),
     "train_loss": MetricKind("nats/token", "lower", "mean over the last tenth of the steps; samples: every step"),
+    "heldout_curve": MetricKind(
+        "nats/token", "lower", "the lowest of the held-out losses of a training run; samples: all"
+    ),
     "trained_tokens": MetricKind("tokens", "", "tokens seen in training, loss-bearing or not"),
     "accuracy": MetricKind("fraction", "higher", "right answers; without a task: the plain mean over tasks"),
     "guessing_accuracy": MetricKind("fraction", "", "expected when choosing evenly among the choices listed"),
@@ -41,16 +44,21 @@ METRICS: dict[str, MetricKind] = {
     "decode_tokens_per_second": MetricKind(
         "tokens/s", "higher", "greedy, one token a sequence and step, with a KV cache"
     ),
-    "train_tokens_per_second": MetricKind("tokens/s", "higher", "forward, backward and optimiser step"),
+    "train_tokens_per_second": MetricKind(
+        "tokens/s", "higher", "forward, backward and optimiser, by the median step; of a profile at its own batch"
+    ),
     "train_to_plain": MetricKind("times", "higher", "train_tokens_per_second over the plain loop's"),
-    "train_mfu": MetricKind(
-        "fraction", "higher", "FLOP that a step cannot do without, over what the data sheet promises"
+    "train_seconds": MetricKind("s", "lower", "all steps, held-out losses and saved states of a training run"),
+    "train_flops_per_token": MetricKind(
+        "FLOP/token", "lower", "what a training step cannot do without: forward once, gradients where something learns"
     ),
-    "peak_resident_bytes": MetricKind("bytes", "lower", "largest resident memory of the process during training steps"),
-    "peak_vram_allocated_bytes": MetricKind(
-        "bytes", "lower", "largest GPU memory held by tensors during training steps"
+    "bearing_share": MetricKind("fraction", "", "of the positions of training rows, those that bear loss"),
+    "train_mfu": MetricKind("fraction", "higher", "those FLOP a second, over what the GPU's data sheet promises"),
+    "peak_resident_bytes": MetricKind("bytes", "lower", "largest resident memory of the process while it trains"),
+    "peak_vram_allocated_bytes": MetricKind("bytes", "lower", "largest GPU memory held by tensors while it trains"),
+    "peak_vram_reserved_bytes": MetricKind(
+        "bytes", "lower", "largest GPU memory held by the allocator, which also keeps what CUDA graphs use"
     ),
-    "peak_vram_reserved_bytes": MetricKind("bytes", "lower", "largest GPU memory held by the allocator, same steps"),
     "forward_seconds": MetricKind("s", "lower", "one forward of a layer alone, median; after the slash: whose layer"),
     "forward_backward_seconds": MetricKind("s", "lower", "forward and the gradients of input and parameters, median"),
     "forward_to_limit": MetricKind("times", "lower", "forward_seconds over that of the limit, in the same record"),

@@ -93,14 +93,21 @@ class ResultsStore:
         Raises:
             DiskError: the store cannot be written. Asked first, so that no work is done in vain.
         """
-        fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-        for path in sorted(self.folder.glob(f"*/{TESTBED_FILE}")):
-            if _read_json(path).get("fingerprint") == fingerprint:
-                check_writable(path.parent)
-                return path.parent.name
+        if known := self.known_testbed(identity):
+            check_writable(self.folder / known)
+            return known
+        fingerprint = _fingerprint(identity)
         name = f"local-{fingerprint}"
         self._describe(name, fingerprint, identity)
         return name
+
+    def known_testbed(self, identity: dict[str, Any]) -> str:
+        """The name of this machine where it has one here, else empty. Makes nothing."""
+        fingerprint = _fingerprint(identity)
+        for path in sorted(self.folder.glob(f"*/{TESTBED_FILE}")):
+            if _read_json(path).get("fingerprint") == fingerprint:
+                return path.parent.name
+        return ""
 
     def describe(self, testbed: str) -> dict[str, Any]:
         """What testbed.json says of a machine; empty where there is none."""
@@ -134,6 +141,10 @@ def _moved(record: RunRecord, path: Path) -> RunRecord:
     """The record as it is filed now: a testbed that has been named since keeps its records."""
     folder = path.parent.parent.name
     return record if record.testbed == folder else RunRecord(**{**vars(record), "testbed": folder})
+
+
+def _fingerprint(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -124,9 +124,9 @@ def _measurement_notes(arms: Sequence[Arm]) -> Iterable[str]:
     noted = [
         f"{arm.name}, {metric.name}: {metric.note}"
         for arm in arms
-        for record in arm.stages.get("profile", [])
+        for record in (*arm.stages.get("train", []), *arm.stages.get("profile", []))
         for metric in record.metrics
-        if metric.note
+        if metric.note and (record.stage == "profile" or metric.name == "train_tokens_per_second")
     ]
     if noted:
         yield f"Measured with reservations: {'; '.join(noted)}."

@@ -42,11 +42,18 @@ STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("eval-bbh", "accuracy", "accuracy"),
     ("profile", "prefill_tokens_per_second", "prefill tokens/s"),
     ("profile", "decode_tokens_per_second", "decode tokens/s"),
-    ("profile", "train_tokens_per_second", "train tokens/s"),
-    ("profile", "peak_vram_allocated_bytes", "peak GPU memory, training"),
-    ("profile", "peak_resident_bytes", "peak memory, training"),
+    ("train", "train_tokens_per_second", "train tokens/s"),
+    ("train", "train_mfu", "MFU"),
+    ("train", "peak_vram_allocated_bytes", "peak GPU memory, training"),
+    ("train", "peak_vram_reserved_bytes", "GPU memory reserved, training"),
+    ("train", "peak_resident_bytes", "peak memory, training"),
+    ("profile", "train_tokens_per_second/profile", "train tokens/s, profile's batch"),
+    ("profile", "peak_vram_allocated_bytes/profile", "peak GPU memory, profile's batch"),
+    ("profile", "peak_resident_bytes/profile", "peak memory, profile's batch"),
 )
-"""Stage, metric and heading of each column; a column without a single value is left out."""
+"""Stage, metric and heading of each column; a column without a single value is left out.
+
+What stands after a metric's slash tells two stages apart that measure the same."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +204,8 @@ def _row(store: ResultsStore, arm: Arm) -> Row:
     figures = {}
     for stage, metric, _ in STAGE_COLUMNS:
         records = arm.stages.get(stage, [])
-        values = [value for record in records if (value := record.value(metric)) is not None]
+        name = metric.partition("/")[0]
+        values = [value for record in records if (value := record.value(name)) is not None]
         if values:
             interval = _accuracy_interval(store, records) if metric == "accuracy" else mean_interval(values)
             if interval and interval[0] < 0:

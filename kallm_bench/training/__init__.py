@@ -10,11 +10,13 @@ from kallm_bench.training.scope import SCOPES, apply_scope, check_scope, paramet
 from kallm_bench.training.settings import SCHEDULES, TrainSettings
 from kallm_bench.training.sharding import gather_into
 from kallm_bench.training.teacher import DistillationSettings, Teacher
+from kallm_bench.training.trackers import TRACKERS, check_trackers, tracking
 
 __all__ = [
     "ALONE",
     "SCHEDULES",
     "SCOPES",
+    "TRACKERS",
     "CurriculumSettings",
     "DataSource",
     "DistillationSettings",
@@ -28,6 +30,7 @@ __all__ = [
     "apply_scope",
     "asked_for",
     "check_scope",
+    "check_trackers",
     "find_data",
     "gather_into",
     "heldout_loss",
@@ -36,5 +39,6 @@ __all__ = [
     "parameters_in",
     "prepare",
     "tokenizer_fingerprint",
+    "tracking",
     "train",
 ]

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 
 from kallm_bench.errors import Interrupted, TrainingError
 from kallm_bench.interrupts import StopRequest, deferred_stop
-from kallm_bench.progress import Watch, nobody
+from kallm_bench.progress import Log, Watch, nobody, nowhere
 from kallm_bench.training.checks import agrees_with_model, keeps_documents_apart
 from kallm_bench.training.data import Rows
 from kallm_bench.training.fit import Fit
 from kallm_bench.training.forward import Forward
+from kallm_bench.training.meter import Meter
 from kallm_bench.training.optimiser import make_optimiser
 from kallm_bench.training.processes import ALONE, Processes, heard
 from kallm_bench.training.scope import apply_scope
@@ -54,13 +55,26 @@ class Curriculum(Protocol):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did: the mean loss of every step, and the held-out loss before and after, in nats a token."""
+    """What training did. Losses are in nats a token.
+
+    Args:
+        losses: the mean loss of every step.
+        heldout_before, heldout_after, heldout_tokens: the held-out loss, and over how many tokens.
+        heldout: (step, loss) of those taken on the way.
+        step_seconds: of the steps that this very run did: all, unless it went on from a saved state.
+        seconds: of all of it but loading.
+        rows_at_once: how many went through the model at once, in the end.
+    """
 
     losses: tuple[float, ...]
     heldout_before: float
     heldout_after: float
     heldout_tokens: int
     trainable_parameters: int
+    heldout: tuple[tuple[int, float], ...] = ()
+    step_seconds: tuple[float, ...] = field(default=(), compare=False)
+    seconds: float = field(default=0.0, compare=False)
+    rows_at_once: int = field(default=0, compare=False)
 
 
 def train(
@@ -68,11 +82,12 @@ def train(
     rows: Rows,
     heldout: Rows,
     settings: TrainSettings,
-    state_folder: Path,
+    state_folder: Path | None,
     *,
     autocast: torch.dtype | None = None,
     batch_rows: int = 4,
     watch: Watch = nobody,
+    log: Log = nowhere,
     resume: bool = True,
     curriculum: Curriculum | None = None,
     teaching: Callable[[PreTrainedModel], Teacher] | None = None,
@@ -85,10 +100,12 @@ def train(
 
     Args:
         rows, heldout: what data.prepare returned.
-        state_folder: where the state is kept while it runs; removed by the caller when the result is safe.
+        state_folder: where the state is kept while it runs; removed by the caller when the result is safe. None keeps
+            none.
         autocast: dtype of the products, the parameters staying as they are; None computes in the model's own. float16
             scales the loss, and leaves a step out where its gradient is too large for float16.
         batch_rows: rows that go through the model at once; halved where memory runs out.
+        log: given the figures of every step: loss, learning_rate, tokens_per_second; heldout_loss where it is taken.
         resume: whether a state that is there is taken up; else it is removed.
         curriculum: told of every step before it is done.
         teaching: makes the teacher of a model whose scope is known. The losses that are told are plain cross-entropy
@@ -106,11 +123,7 @@ def train(
         DiskError: the state could not be saved; the last one is intact.
     """
     steps = settings.steps
-    if steps * settings.rows_per_step > len(rows):
-        raise TrainingError(
-            f"{rows.source} fills {len(rows)} rows of {settings.row_length} tokens, {steps} steps need "
-            f"{steps * settings.rows_per_step}; take at most {len(rows) * settings.row_length} tokens"
-        )
+    enough_rows(rows, settings)
     if sharded and autocast == torch.float16:
         raise TrainingError("split weights and float16 do not go together; take --dtype bfloat16 or float32")
     if sharded and (curriculum or teaching):
@@ -154,20 +167,36 @@ def train(
             state.discard()
         elif state.load(watch):
             watch(f"goes on from step {state.step} of {steps}, saved in {state_folder}", 0, 0)
+        meter = Meter(state, settings, device, watch, log)
         if state.heldout_before is None:
             state.heldout_before = measure()[0]
             forward.settle()
+            meter.measured(0, state.heldout_before)
         forward.train(True)
-        _run(Stepper(forward, rows, settings, state), curriculum, watch)
+        _run(Stepper(forward, rows, settings, state), heldout, curriculum, meter)
         if curriculum:
             curriculum.finish()
         forward.train(False)
         after, tokens = measure()
+        meter.measured(steps, _finite(after))
     count = sum(parameter.numel() for parameter in learning.values())
-    return TrainResult(tuple(state.losses), state.heldout_before, _finite(after), tokens, count)
+    return TrainResult(
+        tuple(state.losses), state.heldout_before, after, tokens, count, tuple(state.heldout),
+        tuple(meter.seconds), state.seconds, fit.rows,
+    )  # fmt: skip
 
 
-def _run(stepper: Stepper, curriculum: Curriculum | None, watch: Watch) -> None:
+def enough_rows(rows: Rows, settings: TrainSettings) -> None:
+    """Asks whether `rows` last for all steps. TrainingError if not."""
+    steps, needed = settings.steps, settings.steps * settings.rows_per_step
+    if needed > len(rows):
+        raise TrainingError(
+            f"{rows.source} fills {len(rows)} rows of {settings.row_length} tokens, {steps} steps need {needed}; "
+            f"take at most {len(rows) * settings.row_length} tokens"
+        )
+
+
+def _run(stepper: Stepper, heldout: Rows, curriculum: Curriculum | None, meter: Meter) -> None:
     """All steps from where the state stands, which is saved now and then, and at the end."""
     state, settings = stepper.state, stepper.settings
     steps, height = settings.steps, settings.rows_per_step
@@ -175,21 +204,23 @@ def _run(stepper: Stepper, curriculum: Curriculum | None, watch: Watch) -> None:
     saved_at, interval = time.monotonic(), SAVE_EVERY_SECONDS
 
     def stopping() -> None:
-        watch("stopping; Ctrl-C again stops at once", state.step, steps)
+        meter.watch("stopping; Ctrl-C again stops at once", state.step, steps)
 
     with deferred_stop(stopping) as stop:
         while state.step < steps:
             if curriculum:
                 curriculum.set(state.step)
+            _measure_if_due(stepper, heldout, stop, meter)
             now, then = (order[number * height : (number + 1) * height] for number in (state.step, state.step + 1))
-            step = stepper.take(now, then, stop, due=time.monotonic() - saved_at > interval)
+            with meter.timed():
+                step = stepper.take(now, then, stop, due=time.monotonic() - saved_at > interval)
             if step.trouble:
                 if state.step:
                     state.save()
                 raise TrainingError(step.trouble)
             if step.loss is not None:
                 state.advance(step.loss)
-                watch("training", state.step, steps, f"loss {step.loss:.3f}")
+                meter.stepped(state.optimiser.param_groups[0]["lr"])
             if step.stopped_by or step.due:
                 began = time.monotonic()
                 state.save()
@@ -201,6 +232,22 @@ def _run(stepper: Stepper, curriculum: Curriculum | None, watch: Watch) -> None:
         state.save()  # what follows may be stopped too
         if number := _agreed(stop, state.processes, stepper.forward.model.device):
             raise Interrupted(number, f"training stands at step {steps} of {steps}")
+
+
+def _measure_if_due(stepper: Stepper, heldout: Rows, stop: StopRequest, meter: Meter) -> None:
+    """Takes the held-out loss into the state where this step is one for it; not where `stop` comes meanwhile."""
+    state, settings, forward = stepper.state, stepper.settings, stepper.forward
+    interval = settings.heldout_interval
+    if not interval or not state.step or state.step % interval or state.step in dict(state.heldout):
+        return
+    forward.train(False)
+    loss, tokens = heldout_loss(
+        forward, heldout, settings.heldout_rows, state.fit, meter.measuring, state.processes, stop
+    )
+    forward.train(True)
+    if tokens:
+        state.heldout.append((state.step, _finite(loss)))
+        meter.measured(state.step, loss)
 
 
 def _finite(heldout_loss: float) -> float:
@@ -219,9 +266,15 @@ def _agreed(stop: StopRequest, processes: Processes, device: torch.device) -> in
 
 @torch.no_grad()
 def heldout_loss(
-    forward: Forward, heldout: Rows, most: int, fit: Fit, watch: Watch = nobody, processes: Processes = ALONE
+    forward: Forward,
+    heldout: Rows,
+    most: int,
+    fit: Fit,
+    watch: Watch = nobody,
+    processes: Processes = ALONE,
+    stop: StopRequest | None = None,
 ) -> tuple[float, int]:
-    """Mean loss over the first `most` held-out rows, and over how many tokens.
+    """Mean loss over the first `most` held-out rows, and over how many tokens: 0 where `stop` came between two batches.
 
     Raises:
         TrainingError: none of those tokens bears loss.
@@ -229,18 +282,23 @@ def heldout_loss(
     numbers = np.arange(min(most, len(heldout)))
 
     def measure() -> Tensor:
-        told = torch.zeros(2, dtype=torch.float64, device=forward.model.device)
+        told = torch.zeros(3, dtype=torch.float64, device=forward.model.device)
         batches = batches_of(forward, heldout, numbers, fit, processes)
         for done, batch in enumerate(batches, 1):
+            if stop and not fit.fixed:  # with split weights no process can run a block without the others
+                told[2] = 1
+                break
             loss, count = forward.loss_sum(batch)
-            told += torch.stack([loss.double(), loss.new_tensor(count, dtype=torch.float64)])
+            told[:2] += torch.stack([loss.double(), loss.new_tensor(count, dtype=torch.float64)])
             watch("held-out loss", done, len(batches))
         return told
 
     with heard():
         told = fit.within(measure)
     processes.sum([told])
-    total, count = told.tolist()
+    total, count, left = told.tolist()
+    if left:
+        return math.nan, 0
     if count == 0:
         raise TrainingError(f"{heldout.source}: no token of the held-out rows is the assistant's, so none bears loss")
     return total / count, int(count)

@@ -38,6 +38,8 @@ class TrainSettings:
             decay.
         clip_norm: the largest norm of a step's gradient.
         heldout_rows: how many held-out rows are scored, at most.
+        heldout_every: the held-out loss is also taken after every so many steps; below 1, a share of them all; 0 takes
+            it before the first step and after the last alone.
         seed: permutes these rows.
 
     Raises:
@@ -61,6 +63,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     heldout_rows: int = 128
+    heldout_every: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +83,10 @@ class TrainSettings:
                 raise TrainingError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
             raise TrainingError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
+        if not (0 <= self.heldout_every < 1 or (self.heldout_every > 0 and float(self.heldout_every).is_integer())):
+            raise TrainingError(
+                f"heldout_every is a whole number of steps, or a share of them below 1, got {self.heldout_every}"
+            )
         if len(self.betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
             raise TrainingError(f"betas are two numbers from 0 to below 1, such as 0.9 and 0.95, got {self.betas}")
         if self.schedule == "wsd" and self.warmup + self.decay_share > 1:
@@ -95,3 +102,9 @@ class TrainSettings:
     @property
     def steps(self) -> int:
         return self.tokens // (self.rows_per_step * self.row_length)
+
+    @property
+    def heldout_interval(self) -> int:
+        """Steps from one held-out loss to the next; 0 where none is taken on the way."""
+        every = self.heldout_every
+        return int(every) if every >= 1 else max(1, round(every * self.steps)) if every else 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,10 +43,12 @@ class State:
     Args:
         learning: names -> parameters.
         folder: holds one folder "step-00000037" at a time, and for a moment two; the first process alone writes there.
+            None saves nothing.
 
     Attributes:
         step, losses: steps done, and the mean loss of each.
         heldout_before: the held-out loss before the first step; None until it is known.
+        heldout: the steps on the way after which the held-out loss was taken, and what it was.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class State:
         learning: Mapping[str, nn.Parameter],
         optimiser: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        folder: Path,
+        folder: Path | None,
         processes: Processes,
         fit: Fit,
     ) -> None:
@@ -66,11 +69,22 @@ class State:
         self.step = 0
         self.losses: list[float] = []
         self.heldout_before: float | None = None
+        self.heldout: list[tuple[int, float]] = []
+        self._began, self._earlier = time.perf_counter(), 0.0
         self._on_disk: int | None = None
 
     def advance(self, loss: float) -> None:
         self.step += 1
         self.losses.append(loss)
+
+    @property
+    def seconds(self) -> float:
+        """How long all of it has taken, without what was lost and done again."""
+        return self._earlier + time.perf_counter() - self._began
+
+    @property
+    def newest_heldout(self) -> float | None:
+        return self.heldout[-1][1] if self.heldout else self.heldout_before
 
     def save(self) -> None:
         """Writes the state beside the last one, then removes that. At any moment one whole state stands on the disk.
@@ -78,7 +92,7 @@ class State:
         Raises:
             DiskError: the disk refused; the last state is intact.
         """
-        if self._on_disk == self.step:
+        if self.folder is None or self._on_disk == self.step:
             return
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.learning.items():
@@ -87,29 +101,31 @@ class State:
                 if self.processes.first:
                     tensors[f"{what}.{name}"] = entire.contiguous().cpu()
         if self.processes.first:
-            self._write(tensors)
+            self._write(self.folder, tensors)
         self._on_disk = self.step
 
-    def _write(self, tensors: dict[str, Tensor]) -> None:
+    def _write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        here = self.folder / f"step-{self.step:08d}"
+        here = folder / f"step-{self.step:08d}"
         with new_folder(here, replace=True, needed_bytes=size) as temporary:
             save_file(tensors, temporary / "state.safetensors")
             note = {
                 "step": self.step,
                 "losses": self.losses,
                 "heldout_before": self.heldout_before,
+                "heldout": self.heldout,
+                "seconds": self.seconds,
                 "scaler": self.scaler.state_dict(),
                 "rows_at_once": [self.fit.asked, self.fit.rows],
             }
             (temporary / "state.json").write_text(json.dumps(note), encoding="utf-8")
-        for path in self.folder.iterdir():  # older states, and what a killed run left half-written
+        for path in folder.iterdir():  # older states, and what a killed run left half-written
             if path.name != here.name and path.is_dir():
                 shutil.rmtree(path)
 
     def discard(self) -> None:
         """Removes what an earlier run has saved."""
-        if self.processes.first:
+        if self.folder and self.processes.first:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def load(self, watch: Watch) -> bool:
@@ -120,6 +136,8 @@ class State:
             return False
         note = told["note"]
         self.step, self.losses, self.heldout_before = note["step"], note["losses"], note["heldout_before"]
+        self.heldout = [(step, loss) for step, loss in note["heldout"]]
+        self._earlier = note["seconds"]
         self._on_disk = self.step
         if note["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(note["scaler"])
@@ -130,7 +148,8 @@ class State:
         return True
 
     def _find(self, watch: Watch) -> _Found | None:
-        for saved in sorted((path for path in self.folder.glob("step-*") if path.is_dir()), reverse=True):
+        there = self.folder.glob("step-*") if self.folder else ()
+        for saved in sorted((path for path in there if path.is_dir()), reverse=True):
             try:
                 note = json.loads((saved / "state.json").read_text(encoding="utf-8"))
                 tensors: Any = safe_open(saved / "state.safetensors", framework="pt")
@@ -139,7 +158,7 @@ class State:
                 if (
                     len(note["losses"]) != note["step"]
                     or any(shapes[name] != list(parameter.shape) for name, parameter in self.learning.items())
-                    or not {"heldout_before", "scaler"} <= note.keys()
+                    or not {"heldout_before", "heldout", "seconds", "scaler"} <= note.keys()
                     or not 1 <= int(fitted) <= int(asked)
                 ):
                     raise ValueError("it is of another run")

@@ -1,0 +1,337 @@
+"""What a training run would take, before it is run: time, memory, room on the disk.
+
+Best is to try: a few steps of the very shapes, in memory, from which all steps follow, as they are alike. Where even
+loading models is too much, as for all cells of a suite, what earlier runs on this machine needed is scaled: time by the
+FLOP that a step cannot do without, memory by what weights, gradients and moments take. With no earlier run it is an
+estimate, and says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kallm_bench.models import KANSpec, complete_spec, skeleton_of
+from kallm_bench.profiling import flops_per_token, peak_memory
+from kallm_bench.profiling.flops import training_flops
+from kallm_bench.progress import Watch
+from kallm_bench.records import RunRecord
+from kallm_bench.training import Rows, TrainSettings, apply_scope, train
+from kallm_bench.training.entry import first_learning
+from kallm_bench.training.loop import SAVE_EVERY_SECONDS, SAVE_SHARE, TrainResult, enough_rows
+from kallm_bench.training.prefix_cache import size_of
+
+TRIAL_STEPS = 4
+"""Steps that are tried, or 2 where they are long; the first warms up."""
+
+LONG_STEP_SECONDS = 4.0
+"""On a CPU a step is tried with as many of its rows as take so long, and two batches at least."""
+
+TRIAL_HELDOUT_BATCHES = 3
+
+DISK_BYTES_PER_SECOND = 300e6
+"""What a plain disk writes; saving is a small part of training."""
+
+ADAM_BYTES = 12
+"""A learning parameter's gradient and AdamW's two moments, in float32."""
+
+USUAL_BEARING = 0.4
+"""Share of the positions that bear loss, where nothing is known of the data."""
+
+USUAL_EFFICIENCY = 0.4
+"""How much of what a large product does a second training does, where nothing is known of the machine."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A training run that was not made.
+
+    Args:
+        steps, tokens, parameters, trainable_parameters: of it.
+        seconds: see the metric train_seconds.
+        peaks: metric -> bytes, as the run's record will have them; none where nothing is known.
+        source: how this is known.
+        cache_bytes: what the cache of a frozen prefix would take, if it were kept.
+        rows_at_once: rows through the model at once.
+    """
+
+    steps: int
+    tokens: int
+    parameters: int
+    trainable_parameters: int
+    seconds: float
+    peaks: dict[str, float]
+    source: str
+    cache_bytes: int = 0
+    rows_at_once: int = 0
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The trained model in float32."""
+        return 4 * self.parameters if self.steps else 0
+
+    @property
+    def state_bytes(self) -> int:
+        """What a stopped run goes on from: values and moments of what learns."""
+        return ADAM_BYTES * self.trainable_parameters if self.steps else 0
+
+    @property
+    def disk_bytes(self) -> int:
+        """The most at one time: the checkpoint is written while a state stands, a state beside the last one."""
+        return self.state_bytes + max(self.state_bytes, self.checkpoint_bytes)
+
+    @property
+    def peak_bytes(self) -> float | None:
+        return max(self.peaks.values(), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        named = ("checkpoint_bytes", "state_bytes", "disk_bytes")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in named}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is: bytes of memory of the device that computes, and free bytes of the disk."""
+
+    memory_bytes: int
+    disk_bytes: int
+
+    @classmethod
+    def of(cls, device: torch.device, folder: Path) -> Room:
+        """Of this device, and of the disk that holds `folder` or would."""
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(memory, shutil.disk_usage(there).free)
+
+
+# --- by trying --------------------------------------------------------------------------------------------------------
+
+
+class _Stamps:
+    """A Watch that notes when batches of held-out rows were done."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.seconds: list[float] = []
+        self._last = time.perf_counter()
+
+    def __call__(self, work: str, done: int, total: int, note: str = "") -> None:
+        now = time.perf_counter()
+        if work == "held-out loss" and done > 1:
+            self.seconds.append(now - self._last)
+        self._last = now
+        self.watch(f"trying {work}" if total else work, done, total)
+
+
+def try_run(
+    model: PreTrainedModel, rows: Rows, heldout: Rows, settings: TrainSettings, ways: dict[str, Any], watch: Watch
+) -> Budget:
+    """What `train` would take with these arguments, from a few steps of it. Nothing is saved, and no weight moves.
+
+    Changes the model's scope, as training does.
+
+    Args:
+        ways: what `train` is given of how it is done: autocast, batch_rows ...
+
+    Raises:
+        TrainingError: as `train` would: too little data, no memory for one row.
+    """
+    enough_rows(rows, settings)
+    batch = ways["batch_rows"]
+    every = settings.rows_per_step
+    on_gpu = model.device.type == "cuda"
+    stamps = _Stamps(watch)
+
+    def attempt(rows_per_step: int, steps: int, heldout_batches: int) -> TrainResult:
+        still = dataclasses.replace(
+            settings,
+            tokens=steps * rows_per_step * settings.row_length,
+            rows_per_step=rows_per_step,
+            heldout_rows=min(settings.heldout_rows, heldout_batches * batch),
+            heldout_every=0,
+            learning_rate=1e-12,
+            new_learning_rate=None,
+        )
+        return train(model, rows, heldout, still, None, watch=stamps, **ways)
+
+    tried = every if on_gpu else min(every, 2 * batch)
+    steps = min(settings.steps, TRIAL_STEPS if on_gpu else 2)
+    with peak_memory(model.device) as peak:
+        first = result = attempt(tried, steps, TRIAL_HELDOUT_BATCHES)
+        if tried < every and steps:
+            at_most = int(LONG_STEP_SECONDS / _usual(first.step_seconds) * tried) // batch * batch
+            if tried < (more := min(every, at_most)):
+                steps = min(settings.steps, TRIAL_STEPS)
+                tried, result = more, attempt(more, steps, 1)
+    measured = _Speed(
+        step=_usual(result.step_seconds) * every / tried,
+        batch=statistics.median(stamps.seconds) if stamps.seconds else (first.seconds - sum(first.step_seconds)) / 2,
+        once=max(0.0, sum(first.step_seconds) - len(first.step_seconds) * _usual(first.step_seconds)),
+    )
+    batches = math.ceil(min(settings.heldout_rows, len(heldout)) / (result.rows_at_once or batch))
+    return Budget(
+        settings.steps,
+        settings.steps * every * settings.row_length,
+        sum(parameter.numel() for parameter in model.parameters()),
+        result.trainable_parameters,
+        _seconds(settings, measured, batches, ADAM_BYTES * result.trainable_parameters),
+        {metric.name: metric.value for metric in peak if metric.value is not None},
+        f"measured: {steps} steps of {tried} rows here" if steps else "measured here",
+        _cache_bytes(
+            model, {rows: settings.steps * settings.rows_per_step, heldout: settings.heldout_rows}, ways["autocast"]
+        ),
+        result.rows_at_once,
+    )
+
+
+class _Speed(NamedTuple):
+    """Seconds of a step, of a batch of held-out rows, and of what comes once, such as compiling."""
+
+    step: float
+    batch: float
+    once: float = 0.0
+
+
+def _usual(step_seconds: Sequence[float]) -> float:
+    """Of all but the first step, which warms up."""
+    return statistics.median(step_seconds[1:] or step_seconds) if step_seconds else 0.0
+
+
+def _seconds(settings: TrainSettings, speed: _Speed, heldout_batches: float, state_bytes: int) -> float:
+    """Of all steps, of every held-out loss, and of saving."""
+    steps, interval = settings.steps, settings.heldout_interval
+    heldout = (2 if steps else 1) + ((steps - 1) // interval if interval and steps else 0)
+    working = speed.once + steps * speed.step + heldout * heldout_batches * speed.batch
+    saving = state_bytes / DISK_BYTES_PER_SECOND
+    return working + saving + min(working // SAVE_EVERY_SECONDS * saving, SAVE_SHARE * working) if steps else working
+
+
+def _cache_bytes(model: PreTrainedModel, several: Mapping[Rows, int], autocast: torch.dtype | None) -> int:
+    """What Forward.keep would take; 0 where nothing is frozen."""
+    if model.get_input_embeddings().weight.requires_grad or not first_learning(model):
+        return 0
+    width = model.config.get_text_config(decoder=True).hidden_size
+    kept = torch.bfloat16 if autocast == torch.bfloat16 else torch.float32
+    return sum(size_of(rows, min(count, len(rows)), width, kept) for rows, count in several.items())
+
+
+# --- from records -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run that a budget is asked for: which arm of which suite, what is trained, and on what."""
+
+    suite: str
+    arm: str
+    config: PreTrainedConfig
+    spec: KANSpec | None
+    settings: TrainSettings
+    device: torch.device
+    dtype: torch.dtype
+    rows_at_once: int
+
+
+def foresee(wanted: Wanted, records: Sequence[RunRecord]) -> Budget:
+    """What a run would take by what is known of runs on this machine; no weights are read.
+
+    Args:
+        records: all of this testbed, oldest first.
+
+    Raises:
+        SpecError: the retrofit cannot be. TrainingError: the scope cannot be.
+    """
+    settings, config = wanted.settings, copy.deepcopy(wanted.config)
+    if wanted.spec:
+        config.kallm = [*(getattr(config, "kallm", None) or []), complete_spec(config, wanted.spec).to_json()]
+    model = skeleton_of(config)
+    learning = apply_scope(model, settings.scope, settings.tail_from) if settings.steps else []
+    parameters, trainable = (sum(each.numel() for each in some) for some in (list(model.parameters()), learning))
+    like = _nearest(wanted, records)
+    if like:
+        bearing = like.value("bearing_share") or USUAL_BEARING
+        rate = (like.value("train_flops_per_token") or 0.0) * (like.value("train_tokens_per_second") or 0.0)
+        source = f"by {like.arm} of {like.suite}"
+    else:
+        bearing, rate, source = (
+            USUAL_BEARING,
+            USUAL_EFFICIENCY * _product_rate(wanted.device, wanted.dtype),
+            "an estimate, without activations",
+        )
+    tokens = settings.rows_per_step * settings.row_length
+    row = settings.row_length * flops_per_token(model) / rate
+    speed = _Speed(tokens * training_flops(model, bearing) / rate, row)
+    static = 4 * parameters + ADAM_BYTES * trainable
+    return Budget(
+        settings.steps,
+        settings.steps * tokens,
+        parameters,
+        trainable,
+        _seconds(settings, speed, settings.heldout_rows, ADAM_BYTES * trainable),
+        _peaks(static, like, wanted) if settings.steps else {},
+        source,
+        rows_at_once=wanted.rows_at_once,
+    )
+
+
+def _nearest(wanted: Wanted, records: Sequence[RunRecord]) -> RunRecord | None:
+    """The training record that tells most of a run: of the same arm, of the same shapes; then the newest."""
+    place = {"device": wanted.device.type, "dtype": str(wanted.dtype).removeprefix("torch.")}
+    told = ("train_tokens_per_second", "train_flops_per_token")
+    known = [
+        record
+        for record in records
+        if record.stage == "train"
+        and place.items() <= record.settings.items()
+        and all(record.value(name) for name in told)
+    ]
+
+    def likeness(record: RunRecord) -> tuple[bool, bool, str]:
+        shapes = ("row_length", "rows_per_step", "scope")
+        return (
+            (record.suite, record.arm) == (wanted.suite, wanted.arm),
+            all(record.settings[name] == getattr(wanted.settings, name) for name in shapes),
+            record.started,
+        )
+
+    return max(known, key=likeness, default=None)
+
+
+def _peaks(static: float, like: RunRecord | None, wanted: Wanted) -> dict[str, float]:
+    """A record's peaks, with this run's weights, gradients and moments for its own, and as many tokens at once."""
+    if like is None:
+        return {"peak_vram_allocated_bytes" if wanted.device.type == "cuda" else "peak_resident_bytes": static}
+    own = 4 * like.model["parameters"] + ADAM_BYTES * (like.model["trainable_parameters"] or 0)
+    more = wanted.settings.row_length / like.settings["row_length"]
+    found = {metric.name: metric.value for metric in like.metrics if metric.name.startswith("peak_")}
+    return {name: static + max(0.0, value - own) * more for name, value in found.items() if value is not None}
+
+
+@functools.cache
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of a product of two matrices of 2048 × 2048."""
+    left, right = (torch.ones(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(4):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        (left @ right)[0, 0].item()
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(seconds)
