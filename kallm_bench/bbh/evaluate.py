@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from kallm_bench.bbh.extraction import is_right, read_answer
+from kallm_bench.bbh.aggregate import leaderboard_score, mean_and_error
 from kallm_bench.bbh.generation import answer
-from kallm_bench.bbh.protocols import Protocol
+from kallm_bench.bbh.prompts import Prompt, build_prompts
+from kallm_bench.bbh.protocols import LEADERBOARD_CHOICES, Protocol
 from kallm_bench.bbh.questions import QuestionSet
+from kallm_bench.bbh.readings import read_reply
 from kallm_bench.bbh.tasks import Question
 from kallm_bench.errors import BBHError
 from kallm_bench.files import explained, write_file
@@ -43,6 +44,7 @@ class EvalSettings:
 
     Args:
         protocol: a key of protocols.PROTOCOLS.
+        reading: how replies are read and where they end, one of protocols.READINGS; None for the protocol's own.
         source, tasks, limit: see questions.load_questions.
         max_new_tokens: where an answer is cut; None for the protocol's own.
         questions_seed: of procedural questions. Not an arm's seed: every arm gets the same questions.
@@ -57,6 +59,7 @@ class EvalSettings:
     limit: int | None = None
     max_new_tokens: int | None = None
     questions_seed: int = 0
+    reading: str | None = None
 
     def __post_init__(self) -> None:
         if (self.limit is not None and self.limit < 1) or (self.max_new_tokens is not None and self.max_new_tokens < 1):
@@ -72,6 +75,7 @@ def ask(
     partial: Path,
     batch_size: int = 16,
     watch: Watch = nobody,
+    reading: str | None = None,
 ) -> list[Sample]:
     """Puts every question to the model, whose generation settings it replaces by plain greedy ones.
 
@@ -81,12 +85,23 @@ def ask(
     Args:
         partial: JSON lines, one a question; the caller removes it when the samples are safe.
         batch_size: questions at once; halved where memory runs out.
+        reading: how replies are read; None for the protocol's own.
 
     Returns:
         One sample a question, in the questions' order.
+
+    Raises:
+        BBHError: the protocol compares likelihoods; see also build_prompts.
     """
-    prompts = {(q.task, q.index): protocol.prompt(q, tokenizer) for q in questions.questions}
-    ids = {key: tokenizer(prompt, add_special_tokens=False)["input_ids"] for key, prompt in prompts.items()}
+    if protocol.compared:
+        raise BBHError(f"protocol '{protocol.name}' compares likelihoods, and this asks for replies; take zeroshot")
+    reading = protocol.find_reading(reading)
+    built = build_prompts(questions, protocol, tokenizer, reading, max_new_tokens)
+    prompts = {(prompt.task, prompt.index): prompt for prompt in built}
+    ids = {
+        key: tokenizer(prompt.text, add_special_tokens=not prompt.templated)["input_ids"]
+        for key, prompt in prompts.items()
+    }
     samples = {(sample["task"], sample["index"]): sample for sample in _read(partial)}
     missing = [q for q in questions.questions if (q.task, q.index) not in samples]
     missing.sort(key=lambda q: (len(ids[q.task, q.index]), q.task, q.index))
@@ -109,7 +124,7 @@ def ask(
             watch("questions", len(samples), total, f"out of memory, {batch_size} at once from here")
             continue
         for question, key, reply in zip(batch, keys, replies, strict=True):
-            samples[key] = _sample(question, protocol, prompts[key], reply, forwarded / len(batch))
+            samples[key] = _sample(question, protocol, reading, prompts[key], reply, forwarded / len(batch))
         with explained(partial), partial.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(samples[key], ensure_ascii=False) + "\n" for key in keys))
         del missing[:batch_size]
@@ -138,22 +153,43 @@ def score(samples: Sequence[Sample], questions: QuestionSet) -> list[Metric]:
     return [*means, Metric("invalid_rate", invalid, n=len(samples)), Metric("forwarded_tokens", forwarded), *metrics]
 
 
+def score_as_lm_eval(samples: Sequence[Sample], leaderboard: bool) -> list[Metric]:
+    """Accuracy as lm-eval averages it, over questions, with its standard error; of `leaderboard` the normalised score.
+
+    These stand beside what `score` gives, for the protocols that lm-eval has.
+    """
+    right: dict[str, list[float]] = {}
+    for sample in samples:
+        right.setdefault(sample["task"], []).append(float(sample["correct"]))
+    mean, error = mean_and_error(right)
+    metrics = [Metric("question_accuracy", mean, n=len(samples))]
+    if error is not None:
+        metrics.append(Metric("question_accuracy_error", error, n=len(samples)))
+    if leaderboard:
+        means = {task: sum(values) / len(values) for task, values in right.items()}
+        choices = {task: len(LEADERBOARD_CHOICES[task]) for task in right}
+        metrics.append(Metric("leaderboard_score", leaderboard_score(means, choices), n=len(samples)))
+    return metrics
+
+
 def _mean(metrics: Sequence[Metric]) -> float:
     return sum(metric.value or 0.0 for metric in metrics) / len(metrics)
 
 
-def _sample(question: Question, protocol: Protocol, prompt: str, reply: str, forwarded: float) -> Sample:
-    extracted = read_answer(question, reply)
+def _sample(
+    question: Question, protocol: Protocol, reading: str, prompt: Prompt, reply: str, forwarded: float
+) -> Sample:
+    extracted, right = read_reply(protocol, reading, question, reply)
     return {
         "task": question.task,
         "index": question.index,
         "protocol": protocol.name,
-        "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+        "prompt_sha256": prompt.sha256,
         "choices": list(question.choices),
         "completion": reply,
         "extracted": extracted,
         "target": question.target,
-        "correct": is_right(question, extracted),
+        "correct": right,
         "forwarded_tokens": forwarded,
     }
 
