@@ -228,7 +228,7 @@ def train(
 
 @app.command(name="eval-bbh")
 def eval_bbh(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint = "bundled",
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -261,7 +261,7 @@ def eval_bbh(
     """Ask a model BIG-Bench Hard, or fresh questions like it, and score the answers beside guessing.
 
     kallm eval-bbh runs/... --source path/to/BIG-Bench-Hard --limit 20
-    kallm eval-bbh bundled --prompts-only --out prompts.jsonl
+    kallm eval-bbh --prompts-only --out prompts.jsonl
     """
     if prompts_only != (out is not None):
         raise typer.BadParameter("--prompts-only and --out FILE go together")

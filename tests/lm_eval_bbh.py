@@ -1,9 +1,11 @@
 """Run by test_protocols.py in a process of its own: what lm-eval, as it is, makes of BIG-Bench Hard.
 
-Takes JSON from stdin and prints JSON as its last line. `prompts`: a folder of the questions -> protocol -> task ->
-digest, as test_protocols.digest makes it. `read`: [protocol, task, question, target, reply] .. -> what each filter finds
-and whether it is right. `aggregate`: task -> scores -> [mean over questions, its standard error]. `numbers`: texts ->
-the number that word2number reads, or null where it refuses.
+Takes JSON from stdin and prints JSON as its last line.
+prompts: a folder of the questions -> protocol -> task -> digest, as test_protocols.digest makes it.
+read: [protocol, task, question, target, reply] .. -> what each filter finds and whether it is right; nothing where
+    lm-eval crashes.
+aggregate: task -> scores -> [mean over questions, its standard error].
+numbers: texts -> the number that word2number reads, null where it refuses.
 """
 
 from __future__ import annotations
@@ -86,7 +88,11 @@ def read(rows: list[list[str]]) -> list[dict[str, tuple[str, bool]]]:
             reply = reply.split(stop)[0]
         instance.resps = [reply]
         task._instances = [instance]
-        task.apply_filters()
+        try:
+            task.apply_filters()
+        except (ValueError, IndexError):  # word2number, of a number that is none
+            found.append({})
+            continue
         answers = instance.filtered_resps
         right = {kind: task.process_results(doc, [answer])["exact_match"] for kind, answer in answers.items()}
         found.append({kind: (answer, bool(right[kind])) for kind, answer in answers.items()})

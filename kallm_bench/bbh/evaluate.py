@@ -153,6 +153,36 @@ def score(samples: Sequence[Sample], questions: QuestionSet) -> list[Metric]:
     return [*means, Metric("invalid_rate", invalid, n=len(samples)), Metric("forwarded_tokens", forwarded), *metrics]
 
 
+def reread(
+    samples: Sequence[Sample], questions: QuestionSet, protocol: Protocol, reading: str, generated_for: str
+) -> list[Sample]:
+    """The samples as another reading has them; no model is asked.
+
+    Args:
+        samples: of the protocol, with the completions as they were generated.
+        generated_for: the reading that decided where those end.
+
+    Raises:
+        BBHError: a completion may end before this reading would end it; a sample is of no question here; a reading
+            that the protocol does not have.
+    """
+    reading, generated_for = protocol.find_reading(reading), protocol.find_reading(generated_for)
+    if reading == "fixed" and protocol.stops[reading] != protocol.stops[generated_for]:
+        raise BBHError(
+            f"replies to '{protocol.name}' that were ended as lm-eval ends them may lack what the fixed reading needs; "
+            "ask again with --reading fixed"
+        )
+    asked = {(question.task, question.index): question for question in questions.questions}
+    found = []
+    for sample in samples:
+        key = (sample["task"], sample["index"])
+        if key not in asked:
+            raise BBHError(f"no question {key[1]} of task '{key[0]}' in {questions.source}; these are other questions")
+        extracted, right = read_reply(protocol, reading, asked[key], sample["completion"])
+        found.append(sample | {"extracted": extracted, "correct": right})
+    return found
+
+
 def score_as_lm_eval(samples: Sequence[Sample], leaderboard: bool) -> list[Metric]:
     """Accuracy as lm-eval averages it, over questions, with its standard error; of `leaderboard` the normalised score.
 

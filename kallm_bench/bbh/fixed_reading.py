@@ -46,7 +46,7 @@ def read_fixed(protocol: str, question: Question, reply: str) -> str | None:
     last = protocol == "cot-zeroshot"
     said = [phrase.strip() for phrase in _PHRASE.findall(reply)]
     if said:
-        answer = _read(question, said[-1 if last else 0], False)
+        answer = _read(question, said[-1 if last else 0].rpartition(" = ")[2], False)  # of 1 - 9 = -8 the result
         if answer is not None or protocol == "cot-fewshot":
             return answer
     return None if protocol == "cot-fewshot" else _read(question, reply, last)
@@ -58,7 +58,10 @@ def _read(question: Question, text: str, last: bool) -> str | None:
         if question.target not in question.options and stands_whole(question.target, text):
             return question.target
         in_parentheses = re.findall(r"\([A-Z]\)", text)
-        return in_parentheses[-1] if last and in_parentheses else read_option(question.options, text)
+        if last and in_parentheses:
+            return in_parentheses[-1]
+        in_any_case = {letter: option.lower() for letter, option in question.options.items()}
+        return read_option(question.options, text) or read_option(in_any_case, text.lower())
     if task.words:
         return _word(_SAYINGS.get(task.name) or {word: re.escape(word) for word in task.words}, text, last)
     return _FREE[task.name](question, text, last)

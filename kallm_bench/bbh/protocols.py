@@ -84,11 +84,11 @@ class Protocol:
         """The reading of this name, or the protocol's own where none is named. BBHError where it has no such one."""
         if name is None:
             return next(iter(self.stops))
+        if name in self.stops:
+            return name
         if name not in READINGS:
             raise BBHError(unknown("reading", name, READINGS))
-        if name not in self.stops:
-            raise BBHError(f"protocol '{self.name}' is not lm-eval's and has only its own reading; leave --reading out")
-        return name
+        raise BBHError(f"protocol '{self.name}' is not lm-eval's and has only its own reading; leave --reading out")
 
     def choices(self, question: Question, reading: str) -> tuple[str, ...]:
         """The answers that are compared: the task's, or read without faults those of them that the question lists."""
