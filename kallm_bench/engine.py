@@ -388,7 +388,7 @@ def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
         partial = bench.runs / "unfinished" / f"{stage.key}.jsonl"
         size = bench.batch_size or (256 if bench.device.type == "cuda" else 16)
         samples = ask(model, tokenizer, questions, protocol, max_new_tokens, partial, size, bench.watch, reading)
-        metrics = score(samples, questions)
+        metrics = score(samples, questions, lambda question: protocol.guessable(question, reading))
         if protocol.group:
             metrics += score_as_lm_eval(samples, bool(protocol.compared))
         about = {"source": questions.source, "fingerprint": questions.fingerprint}

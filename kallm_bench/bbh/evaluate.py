@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,14 +133,22 @@ def ask(
     return [samples[q.task, q.index] for q in questions.questions]
 
 
-def score(samples: Sequence[Sample], questions: QuestionSet) -> list[Metric]:
-    """Accuracy a task and its plain mean, guessing and majority beside each, and the share of unreadable replies."""
+def score(
+    samples: Sequence[Sample],
+    questions: QuestionSet,
+    choices: Callable[[Question], Sequence[str]] = lambda question: question.choices,
+) -> list[Metric]:
+    """Accuracy a task and its plain mean, guessing and majority beside each, and the share of unreadable replies.
+
+    Args:
+        choices: what guessing chooses among; by default what the question lists.
+    """
     metrics = []
     right = {(sample["task"], sample["index"]): bool(sample["correct"]) for sample in samples}
     for task in questions.tasks:
         asked = [q for q in questions.questions if q.task == task]
         correct = [float(right[q.task, q.index]) for q in asked]
-        guessed = [(q.target in q.choices) / len(q.choices) if q.choices else 0.0 for q in asked]
+        guessed = [(q.target in choices(q)) / max(1, len(choices(q))) for q in asked]
         majority = [float(q.target == questions.majority[task]) for q in asked]
         for name, values in (("accuracy", correct), ("guessing_accuracy", guessed), ("majority_accuracy", majority)):
             metrics.append(Metric(f"{name}/{task}", sum(values) / len(values), n=len(values)))

@@ -57,7 +57,7 @@ def _read(question: Question, text: str, last: bool) -> str | None:
     if task.options:
         if question.target not in question.options and stands_whole(question.target, text):
             return question.target
-        in_parentheses = re.findall(r"\([A-Z]\)", text)
+        in_parentheses: list[str] = re.findall(r"\([A-Z]\)", text)
         if last and in_parentheses:
             return in_parentheses[-1]
         in_any_case = {letter: option.lower() for letter, option in question.options.items()}

@@ -97,6 +97,10 @@ class Protocol:
             return tuple(choice for choice in choices if choice in question.options)
         return choices
 
+    def guessable(self, question: Question, reading: str) -> tuple[str, ...]:
+        """What guessing chooses among: the answers that are compared, or where replies are read those it lists."""
+        return self.choices(question, reading) if self.compared else question.choices
+
     def can_answer(self, question: Question, reading: str) -> bool:
         """False for a question without a choice, or with none that is right, where the reading leaves such out."""
         if not self.compared or reading != "fixed":
