@@ -28,6 +28,7 @@ from kallm_bench.bbh.questions import QuestionSet, load_questions
 from kallm_bench.bbh.readings import likeliest, read_reply
 from kallm_bench.bbh.tasks import TASKS, Question
 from kallm_bench.errors import BBHError
+from kallm_bench.models import save_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 REPLIES = [json.loads(line) for line in (GOLDEN / "replies.jsonl").read_text().splitlines()]
@@ -324,6 +325,25 @@ def test_the_command_writes_prompts_and_asks_nothing(folder: Path, tmp_path: Pat
     code, _, err = kallm(*words, "--protocol", "chat", "--reading", "lm-eval", "--out", str(tmp_path / "no.jsonl"))
     assert (code, (tmp_path / "no.jsonl").exists()) == (1, False)
     assert "has only its own reading" in err
+
+
+def test_a_record_says_how_replies_were_read(
+    tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path, kallm: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "base", tiny_llama(), bundled_tokenizer)
+    words = ("eval-bbh", "base", "--source", "procedural", "--tasks", "navigate", "--limit", "2")
+    found = {}
+    for protocol, *reading in (["chat"], ["zeroshot"], ["zeroshot", "--reading", "lm-eval"]):
+        code, out, err = kallm(*words, "--max-new-tokens", "2", "--json", "--protocol", protocol, *reading)
+        assert code == 0, err
+        [found[protocol, *reading[1:]]] = json.loads(out)
+    settings = {name: record["settings"] for name, record in found.items()}
+    assert "reading" not in settings["chat",]  # as before there were readings: the same key finds its records
+    assert [settings[name]["reading"] for name in (("zeroshot",), ("zeroshot", "lm-eval"))] == ["fixed", "lm-eval"]
+    assert len({record["key"] for record in found.values()}) == 3
+    measured = {name: {metric["name"] for metric in record["metrics"]} for name, record in found.items()}
+    assert measured["zeroshot",] - measured["chat",] == {"question_accuracy", "question_accuracy_error"}
 
 
 @pytest.fixture(scope="module")
