@@ -10,6 +10,7 @@ import pytest
 
 from kallm_bench.bbh.evaluate import ask, score
 from kallm_bench.bbh.extraction import is_right, read_answer
+from kallm_bench.bbh.prompts import build_prompts
 from kallm_bench.bbh.protocols import PROTOCOLS, find_protocol
 from kallm_bench.bbh.questions import QuestionSet, load_questions
 from kallm_bench.bbh.tasks import TASKS, Question
@@ -127,7 +128,8 @@ def test_guessing_and_majority_are_what_was_measured_independently(shared_data: 
 
 def test_the_prompt_is_one_user_turn_below_the_default_system_prompt(bundled_tokenizer: Any) -> None:
     question = Question("web_of_lies", 0, "Question: Ada lies. Does Ada tell the truth?", "No")
-    assert PROTOCOLS["chat"].prompt(question, bundled_tokenizer) == (
+    [prompt] = build_prompts(QuestionSet("ours", (question,), {}), PROTOCOLS["chat"], bundled_tokenizer)
+    assert prompt.text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nEvaluate a random boolean function expressed as a word problem.\n\n"
         "Question: Ada lies. Does Ada tell the truth?<|im_end|>\n<|im_start|>assistant\n"

@@ -27,7 +27,7 @@ def read_answer(question: Question, reply: str) -> str | None:
     """The answer a reply gives: an option such as "(B)", one of the task's words, or normalised text; else None."""
     task = TASKS[question.task]
     if task.options:
-        return _read_option(question.options, reply)
+        return read_option(question.options, reply)
     if task.words:
         return _read_word(task.words, reply)
     return normalised(reply, question.target) or None
@@ -40,13 +40,14 @@ def is_right(question: Question, answer: str | None) -> bool:
     return answer is not None and answer == normalised(question.target, question.target)
 
 
-def _read_option(options: dict[str, str], reply: str) -> str | None:
+def read_option(options: dict[str, str], reply: str) -> str | None:
+    """The option that a reply gives, such as "(B)"; it need not be one of `options`. None where it gives none."""
     if in_parentheses := re.search(r"\(([A-Z])\)", reply):
         return in_parentheses.group(0)
     for lone in _LONE_LETTER.finditer(reply):
         if f"({lone.group(1)})" in options and not _ARTICLE_OR_PRONOUN.match(reply, lone.start()):
             return f"({lone.group(1)})"
-    contained = [letter for letter, text in options.items() if text and _stands_whole(text, reply)]
+    contained = [letter for letter, text in options.items() if text and stands_whole(text, reply)]
     return max(contained, key=lambda letter: len(options[letter]), default=None)
 
 
@@ -55,7 +56,8 @@ def _read_word(words: tuple[str, ...], reply: str) -> str | None:
     return next(word for word in words if word.lower() == found.group(1).lower()) if found else None
 
 
-def _stands_whole(text: str, reply: str) -> bool:
+def stands_whole(text: str, reply: str) -> bool:
+    """Whether the reply contains the text, and not as a part of longer words."""
     return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", reply) is not None
 
 

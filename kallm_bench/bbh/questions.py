@@ -35,11 +35,14 @@ class QuestionSet:
         source: what they are, for tables: "BIG-Bench Hard", "procedural", or a hub id.
         questions: in the order of their tasks and indices.
         majority: task -> its most frequent answer, over all its questions and not only those asked.
+        folder: a checkout of the repository, where worked examples can be had: the source itself, or KALLM_BBH_DIR;
+            None where there is neither.
     """
 
     source: str
     questions: tuple[Question, ...]
     majority: dict[str, str]
+    folder: Path | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -53,7 +56,11 @@ class QuestionSet:
 
 
 def load_questions(
-    source: str | None, tasks: Sequence[str] = (), limit: int | None = None, seed: int = 0
+    source: str | None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
+    among: Sequence[str] = tuple(TASKS),
 ) -> QuestionSet:
     """The questions to ask.
 
@@ -63,23 +70,29 @@ def load_questions(
         tasks: which tasks; none named means all that the source has.
         limit: the first so many of each task; None for all (PROCEDURAL_COUNT of generated ones).
         seed: of the generators.
+        among: the tasks that a protocol has.
 
     Raises:
-        BBHError: unknown task, missing file, malformed question, nothing at hand.
+        BBHError: unknown task, or one that is not among them, missing file, malformed question, nothing at hand.
     """
     for task in tasks:
         if task not in TASKS:
             raise BBHError(unknown("task", task, TASKS))
+        if task not in among:
+            raise BBHError(f"task '{task}' has no fixed answers to compare; another protocol asks it, such as zeroshot")
     if limit is not None and limit < 1:
         raise BBHError(f"limit must be at least 1, got {limit}")
     source = source or os.environ.get("KALLM_BBH_DIR") or HUB_ID
+    at_hand = os.environ.get("KALLM_BBH_DIR")
+    folder = Path(at_hand).expanduser() if at_hand else None
     if source == "procedural":
-        label, everything = source, _generated(tasks, limit, seed)
+        label, everything = source, _generated(tasks or [task for task in GENERATORS if task in among], limit, seed)
         limit = limit or PROCEDURAL_COUNT
     elif Path(source).expanduser().is_dir():
-        label, everything = _from_folder(Path(source).expanduser(), tasks or tuple(TASKS))
+        folder = Path(source).expanduser()
+        label, everything = _from_folder(folder, tasks or among)
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        label, everything = source, _from_hub(source, tasks or tuple(TASKS))
+        label, everything = source, _from_hub(source, tasks or among)
     else:
         raise BBHError(f"no folder '{source}' with BIG-Bench Hard in it")
     majority = {
@@ -87,12 +100,12 @@ def load_questions(
         for task, questions in everything.items()
     }
     asked = tuple(question for questions in everything.values() for question in questions[:limit])
-    return QuestionSet(label, asked, majority)
+    return QuestionSet(label, asked, majority, folder)
 
 
 def _generated(tasks: Sequence[str], limit: int | None, seed: int) -> dict[str, list[Question]]:
     count = max(limit or 0, 250)  # as many as a task of BIG-Bench Hard has, so that its majority answer is known
-    return {task: procedural_questions(task, count, seed) for task in tasks or tuple(GENERATORS)}
+    return {task: procedural_questions(task, count, seed) for task in tasks}
 
 
 def _from_folder(folder: Path, tasks: Sequence[str]) -> tuple[str, dict[str, list[Question]]]:

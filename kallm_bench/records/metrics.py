@@ -32,6 +32,9 @@ METRICS: dict[str, MetricKind] = {
     "accuracy": MetricKind("fraction", "higher", "right answers; without a task: the plain mean over tasks"),
     "guessing_accuracy": MetricKind("fraction", "", "expected when choosing evenly among the choices listed"),
     "majority_accuracy": MetricKind("fraction", "", "always the most frequent answer of the task"),
+    "question_accuracy": MetricKind("fraction", "higher", "right answers over all questions, as lm-eval averages them"),
+    "question_accuracy_error": MetricKind("fraction", "lower", "its standard error, variance pooled within tasks"),
+    "leaderboard_score": MetricKind("%", "higher", "each task from guessing, 0, to all right; their mean"),
     "invalid_rate": MetricKind("fraction", "lower", "replies in which no answer could be read"),
     "forwarded_tokens": MetricKind(
         "tokens", "lower", "tokens put through the model by an evaluation, padding included"
