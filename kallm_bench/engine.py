@@ -467,9 +467,17 @@ def _state_of(stage: Stage) -> Path:
     return stage.bench.runs / "unfinished" / stage.key
 
 
+def _answerable(name: str) -> Protocol:
+    """The protocol of this name. BBHError for one whose questions cannot be asked yet, or that there is none of."""
+    protocol = find_protocol(name)
+    if protocol.compared:
+        raise BBHError(f"protocol '{name}' compares likelihoods, which is not here yet; take zeroshot")
+    return protocol
+
+
 def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
     """Asks the model BIG-Bench Hard, or questions like it, and scores its answers."""
-    protocol = find_protocol(settings.protocol)
+    protocol = _answerable(settings.protocol)
     reading = protocol.find_reading(settings.reading)
     questions = _questions(settings, protocol, reading)
     max_new_tokens = settings.max_new_tokens or protocol.max_new_tokens
@@ -640,7 +648,7 @@ def check_cell(cell: Cell) -> None:
     if "train" in cell.stages:
         _data_of(cell.train)
     if "eval-bbh" in cell.stages:
-        find_protocol(cell.eval.protocol)
+        _answerable(cell.eval.protocol)
         load_questions(cell.eval.source, cell.eval.tasks, cell.eval.limit, cell.eval.questions_seed)
 
 
