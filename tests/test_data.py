@@ -21,10 +21,10 @@ import torch.nn.functional as F
 
 from kallm_bench.errors import DataError
 from kallm_bench.files import DiskError
-from kallm_bench.training import find_data, prepare, rows, tokens
+from kallm_bench.training import Forward, find_data, prepare, rows, tokens
 from kallm_bench.training.conversations import Conversation, DataSource
 from kallm_bench.training.data import IGNORE, LEARN, Template
-from kallm_bench.training.loss import loss_sum
+from kallm_bench.training.forward import batch_of
 from kallm_bench.training.tokens import tokenised
 
 CHAT = [
@@ -112,7 +112,9 @@ def alone_and_packed(model: Any, tokenizer: Any, conversations: list[Any], packe
             batch = packed.batch([row])
             others = torch.ones_like(batch["targets"], dtype=torch.bool)
             others[:, place : place + len(ids)] = False
-            total, count = loss_sum(model, batch | {"targets": batch["targets"].masked_fill(others, IGNORE)})
+            targets = batch["targets"].masked_fill(others, IGNORE)
+            with Forward(model) as forward:
+                total, count = forward.loss_sum(batch_of(batch["input_ids"], batch["position_ids"], targets))
         assert count == int(mask.sum())
         losses.append((float(alone), float(total) / count))
     return losses

@@ -317,8 +317,9 @@ def test_the_nearest_measured_size_decides(monkeypatch: pytest.MonkeyPatch, tmp_
         assert plans._chosen("forward", plans.Problem(8192, 512, 512, 2), "A GPU", ANYWHERE) == "tile-64x384"
         assert plans._chosen("forward", plans.Problem(16384, 8192, 2048, 3), "A GPU", ANYWHERE) == "library-32"
         assert plans._chosen("forward", plans.Problem(8192, 512, 512, 2), "A GPU", (plans.Library,)) == "library-32"
+        others = plans.Problem(8192, 512, 512, 2, "of a kind that nobody has measured")
+        assert plans._chosen("forward", others, "A GPU", ANYWHERE) == "tile-64x384"
         splines = plans.Problem(8192, 512, 512, 2, "bspline")
-        assert plans._chosen("forward", splines, "A GPU", ANYWHERE) == "tile-64x384"  # none of splines was measured
         far = plans.Problem(1024, 4096, 64, 50, "bspline")
         plans.remember("A GPU", "forward", far, "local-64x128x64", {"local-64x128x64": 1e-6, "library-16": 2e-6})
         assert plans._chosen("forward", splines, "A GPU", plans.LOCAL_KINDS) == "local-64x128x64"
