@@ -199,7 +199,7 @@ class Display:
             return
         self.last_plain, self.last_work = now, work
         parts = [self.part, f"{work} {done}/{total}" if total else work, note, f"about {left} left" if left else ""]
-        err.print(", ".join(part for part in parts if part))
+        err.print(", ".join(part for part in parts if part), soft_wrap=True)
 
 
 def _minutes(seconds: float) -> str:
