@@ -126,7 +126,9 @@ def _measurement_notes(arms: Sequence[Arm]) -> Iterable[str]:
         for arm in arms
         for record in (*arm.stages.get("train", []), *arm.stages.get("profile", []))
         for metric in record.metrics
-        if metric.note and metric.value is not None and (record.stage == "profile" or metric.name == "train_tokens_per_second")
+        if metric.note
+        and metric.value is not None
+        and (record.stage == "profile" or metric.name == "train_tokens_per_second")
     ]
     if noted:
         yield f"Measured with reservations: {'; '.join(noted)}."
