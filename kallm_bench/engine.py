@@ -86,8 +86,9 @@ from kallm_bench.training import (
     train,
 )
 
-START_VERSION = 2
-"""Raised when a change of code changes what a calibrated start finds. 2: distilling begins at the right variance."""
+START_VERSION = 3
+"""Raised when a change of code changes what a calibrated start finds. 2: distilling begins at the right
+variance. 3: under autocast a layer's input is cast before its expansion."""
 
 FAST_TOKENS = 2_000_000
 """From so many on, the quarter of a minute that compiling blocks takes on a GPU is won back."""

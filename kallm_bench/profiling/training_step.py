@@ -8,9 +8,10 @@ nothing or left out does not raise it: forward once, and gradients where somethi
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -110,18 +111,6 @@ def _ours(
 
 
 @contextmanager
-def _kept(
-    model: PreTrainedModel,
-    learning: list[nn.Parameter],
-    rows: Rows,
-    autocast: torch.dtype | None,
-    settings: ProfileSettings,
-) -> Iterator[Callable[[], None]]:
-    with _ours(model, learning, rows, autocast, settings, kept=True) as step:
-        yield step
-
-
-@contextmanager
 def _plain(
     model: PreTrainedModel,
     learning: list[nn.Parameter],
@@ -146,7 +135,11 @@ def _plain(
     model.eval()
 
 
-STEPS = {"ours": _ours, "kept": _kept, "plain": _plain}
+STEPS: dict[str, Callable[..., AbstractContextManager[Callable[[], None]]]] = {
+    "ours": _ours,
+    "kept": functools.partial(_ours, kept=True),
+    "plain": _plain,
+}
 """Of each of WAYS, in the order in which they are measured: the plain one changes the model's dtype."""
 
 
