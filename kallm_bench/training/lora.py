@@ -42,7 +42,8 @@ class KANAdapter(Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds what the adapter has learned to the layer's coefficients, and to its path past the basis."""
         layer = self.base_layer
-        change = self.lora_B[NAME].weight @ self.lora_A[NAME].weight * self.scaling[NAME]  # (O, F)
+        first, second = (self.get_parameter(f"lora_{which}.{NAME}.weight") for which in "AB")
+        change = second @ first * self.scaling[NAME]  # (O, F)
         functions = layer.coefficients[0].numel()
         layer.coefficients.add_(change[:, :functions].reshape(layer.coefficients.shape))
         if layer.linear is not None:
