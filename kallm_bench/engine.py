@@ -345,6 +345,13 @@ class Lessons:
         made = ref.lineage or specs_of(load_config(ref.open()))
         return dataclasses.replace(self, base=self.base or (_base_of(ref) if made else ref))
 
+    def check(self, settings: TrainSettings) -> None:
+        """Asks whether it goes with these settings. TrainingError if not."""
+        if settings.task == "classify" and self.distillation.active:
+            raise TrainingError("task 'classify' has nothing to distill: the untouched model knows no classes")
+        if settings.scope == "lora" and self.curriculum.active:
+            raise TrainingError("a curriculum changes what adapters would be added to; take another scope than 'lora'")
+
     def described(self) -> dict[str, Any]:
         """The part of a stage's settings; where there are none, nothing, so that keys are what they were."""
         told: dict[str, Any] = {"base": self.base.fingerprint} if self.base else {}
@@ -383,6 +390,7 @@ def train_model(
     described = settings.described() | bench.place | {"tokenizer": tokenizer_fingerprint(tokenizer)}
     described |= {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
     lessons = (lessons if settings.steps else NONE).of(ref)
+    lessons.check(settings)
     described |= lessons.described()
     if not settings.heldout_interval:
         del described["heldout_every"]  # as it was before there was such a setting
@@ -460,9 +468,11 @@ def _train(
         figures = [*describe_run(model, rows, settings, result, bench.dtype, processes), *peak]
     answers = None
     if isinstance(kept, LabelledRows):
-        ways = {name: value for name, value in _ways(bench, settings).items() if name in ("autocast", "batch_rows")}
-        sharing = {"processes": processes, "sharded": bench.sharded}
-        answers = answer(model, kept, settings.heldout_rows, watch=bench.watch, **ways, **sharing)
+        ways = _ways(bench, settings)
+        answers = answer(
+            model, kept, settings.heldout_rows, autocast=ways["autocast"], batch_rows=ways["batch_rows"],
+            watch=bench.watch, processes=processes, sharded=bench.sharded,
+        )  # fmt: skip
     if bench.sharded:
         split, model = model, load("cpu") if processes.first else model
         if processes.first:
@@ -491,8 +501,9 @@ def _train(
         return stage.finish(metrics, data=about, model=model, samples=samples)
     last = result.losses[-max(1, len(result.losses) // 10) :]
     name = "class_train_loss" if answers else "train_loss"
+    curve = heldout_curve(settings, result)
     metrics.append(Metric(name, sum(last) / len(last), n=len(last), samples=result.losses))
-    metrics += [*heldout_curve(settings, result), *figures]
+    metrics += [dataclasses.replace(each, name=f"{loss}_curve") if answers else each for each in curve] + figures
     save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), base=stage.base, replace=replace)
     if answers:
         write_head(stage.folder, head, answers.names)
@@ -735,7 +746,13 @@ def _spec_of(cell: Cell, ref: ModelRef, config: PreTrainedConfig | None = None) 
 
 def _lessons_of(cell: Cell, ref: ModelRef) -> Lessons:
     """Of a cell whose model is `ref`."""
-    return Lessons(cell.curriculum, cell.distillation).of(ref)
+    return Lessons(cell.curriculum, cell.distillation, ref if cell.cut.cuts else None).of(ref)
+
+
+def _config_of(cell: Cell, ref: ModelRef) -> PreTrainedConfig:
+    """Of the model that a cell replaces parts of, which `ref` opens before it is cut."""
+    config = load_config(ref.open())
+    return cut_config(config, cell.cut.blocks) if cell.cut.cuts else config
 
 
 def _calibration_of(cell: Cell) -> CalibrationSettings | None:
@@ -745,7 +762,7 @@ def _calibration_of(cell: Cell) -> CalibrationSettings | None:
 def check_cell(cell: Cell) -> None:
     """Asks of every stage of a cell whether it can be, before the first one runs. Raises what that stage would."""
     ref = find_ref(cell.model)
-    config = cut_config(load_config(ref.open()), cell.cut.blocks) if cell.cut.cuts else load_config(ref.open())
+    config = _config_of(cell, ref)
     if cell.cut.data:
         find_texts(cell.cut.data)
     if spec := _spec_of(cell, ref, config):
@@ -755,7 +772,9 @@ def check_cell(cell: Cell) -> None:
     replaced = bool(cell.spec or specs_of(config))
     if cell.train.steps and "train" in cell.stages:
         check_scope(cell.train.scope, replaced=replaced, tail_from=cell.train.tail_from)
-        _check_lessons(cell, _lessons_of(cell, ref), config, spec)
+        lessons = _lessons_of(cell, ref)
+        lessons.check(cell.train)
+        _check_lessons(cell, lessons, config, spec)
     if cell.profile.scope != "none" and "profile" in cell.stages:
         check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
     tokenizer_fingerprint(load_tokenizer(ref.open()))
@@ -773,7 +792,7 @@ def _check_lessons(cell: Cell, lessons: Lessons, config: PreTrainedConfig, spec:
     config = copy.deepcopy(config)
     if spec:
         config.kallm = [*(getattr(config, "kallm", None) or []), spec.to_json()]
-    base = skeleton_of(load_config(lessons.base.open())) if lessons.base else None
+    base = skeleton_of(_config_of(cell, lessons.base)) if lessons.base else None
     make_curriculum(skeleton_of(config), lessons.curriculum, cell.train, base)
 
 
@@ -870,8 +889,9 @@ def foresee_suite(bench: Bench, suite: Suite) -> list[CellForecast]:
 
 def _foresee_cell(bench: Bench, suite: str, cell: Cell, records: Sequence[RunRecord]) -> Budget:
     ref = find_ref(cell.model)
+    config = _config_of(cell, ref)
     wanted = Wanted(
-        suite, cell.arm, load_config(ref.open()), _spec_of(cell, ref), cell.train, bench.device, bench.dtype,
+        suite, cell.arm, config, _spec_of(cell, ref, config), cell.train, bench.device, bench.dtype,
         _ways(bench, cell.train)["batch_rows"],
     )  # fmt: skip
     return foresee(wanted, records)

@@ -68,6 +68,12 @@ def test_adapters_change_nothing_at_first_and_merged_they_compute_the_same(confi
     torch.testing.assert_close(model(IDS).logits, apart, rtol=1e-4, atol=1e-5)
 
 
+def test_asked_for_again_there_is_still_one_adapter_a_layer() -> None:
+    model = make("llama", "stack")
+    first = [parameter.shape for parameter in apply_scope(model, "lora")]
+    assert [parameter.shape for parameter in apply_scope(model, "lora")] == first
+
+
 @pytest.mark.parametrize(("tail_from", "first"), [(None, 2), (1, 1)])
 def test_only_the_tail_gets_adapters_and_the_forward_enters_there(tail_from: int | None, first: int) -> None:
     model = make("llama", "stack")

@@ -33,6 +33,7 @@ METRICS: dict[str, MetricKind] = {
     "class_accuracy": MetricKind("fraction", "higher", "right classes of held-out texts; with a class: of its texts"),
     "class_loss": MetricKind("nats/text", "lower", "mean cross-entropy of the class of texts in the held-out rows"),
     "class_loss_before": MetricKind("nats/text", "lower", "the same before the first step"),
+    "class_loss_curve": MetricKind("nats/text", "lower", "the lowest of those of a training run; samples: all"),
     "class_train_loss": MetricKind("nats/text", "lower", "mean over the last tenth of the steps; samples: every step"),
     "guessing_accuracy": MetricKind("fraction", "", "expected when choosing evenly among the choices listed"),
     "majority_accuracy": MetricKind("fraction", "", "always the most frequent answer of the task"),

@@ -88,6 +88,7 @@ def apply_scope(
     Args:
         seed: of adapters.
     """
+    merge(model, scope)  # what an earlier call has put in
     learning = parameters_in(model, scope, tail_from, lora)
     if scope == "lora":
         from kallm_bench.training.lora import add_adapters
