@@ -167,16 +167,51 @@ def retrofit(
 
 
 @app.command()
+def cut(
+    checkpoint: Checkpoint = "bundled",
+    blocks: Annotated[
+        int | None, typer.Option(min=1, help="How many to keep, the first ones; all if left out.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Texts whose tokens stay: as --data of `train --task classify`; all if left out."),
+    ] = None,
+    out: Out = None,
+    force: Force = False,
+    results: Results = Path("results"),
+    as_json: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Cut a small model out of a large one, for quick screens: its first blocks, the tokens that a data set needs.
+
+    kallm cut --blocks 3 --data ag_news.jsonl.gz
+    """
+    from kallm_bench import engine
+    from kallm_bench.filing import find_ref
+    from kallm_bench.models import CutSettings
+
+    with console.Display() as display:
+        bench = _bench(results, display, "cpu", "float32", None)
+        ref = find_ref(checkpoint, trust_remote_code)
+        record = engine.cut_model(bench, ref, CutSettings(blocks, data), out, replace=force)
+    console.show_records([record], as_json, bench.store.written)
+
+
+@app.command()
 def train(
     checkpoint: Checkpoint,
     data: Annotated[
-        str, typer.Option(help="Hub id, JSONL(.gz) or parquet file with 'messages', or 'bundled'.")
+        str,
+        typer.Option(help="Hub id, JSONL(.gz) or parquet file, with 'messages' or 'text' and 'label'; or 'bundled'."),
     ] = "bundled",
-    heldout: Annotated[str | None, typer.Option(help="Held-out data; every 50th conversation if left out.")] = None,
+    heldout: Annotated[
+        str | None, typer.Option(help="Held-out data; every 50th conversation, or 10th text, if left out.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to see; 0 only measures the held-out loss.")] = 1_000_000,
     row_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 1024,
     rows_per_step: Annotated[int, typer.Option(help="Rows that make one optimiser step.")] = 32,
-    scope: Annotated[str, typer.Option(help="What learns: replaced, tail, tail+head, all.")] = "tail",
+    scope: Annotated[str, typer.Option(help="What learns: replaced, tail, tail+head, all, lora.")] = "tail",
+    task: Annotated[str, typer.Option(help="chat: the assistant's words; classify: each text's class.")] = "chat",
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 4e-4,
     distill: Annotated[
         float, typer.Option(help="Share of the loss that is what the untouched model would say, 0 to 1.")
@@ -213,6 +248,7 @@ def train(
 
     kallm train runs/bundled-cheby2-25-29-... --tokens 1000000
     kallm train CKPT --distill 0.5
+    kallm train runs/... --task classify --data train.jsonl.gz --heldout test.jsonl.gz --row-length 256
     torchrun --nproc-per-node 2 -m kallm_bench.cli train CKPT --tokens 1000000
     """
     from kallm_bench import engine
@@ -236,6 +272,7 @@ def train(
                     row_length=row_length,
                     rows_per_step=rows_per_step,
                     scope=scope,
+                    task=task,
                     learning_rate=learning_rate,
                     heldout_every=heldout_every,
                     seed=seed,

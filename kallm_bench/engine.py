@@ -24,15 +24,18 @@ from kallm_bench.bbh.questions import QuestionSet, load_questions
 from kallm_bench.bbh.tasks import TASKS
 from kallm_bench.budget import Budget, Wanted, foresee, try_run
 from kallm_bench.errors import BBHError, CheckpointError, DataError, KallmError, ModelError, TrainingError
-from kallm_bench.files import cache_folder, check_writable, write_file
+from kallm_bench.files import cache_folder, check_writable, sha256, write_file
 from kallm_bench.filing import Bench, ModelRef, Stage, find_ref, parameter_count, ref_after
 from kallm_bench.models import (
     Calibration,
     CalibrationSettings,
+    CutSettings,
     KANSpec,
     Original,
     blocks_to_revert,
     complete_spec,
+    cut,
+    cut_config,
     is_tight,
     load_config,
     load_model,
@@ -66,25 +69,41 @@ from kallm_bench.records import Metric, ResultsStore, RunRecord
 from kallm_bench.reporting import Table, build_tables, facts_of, to_csv, to_markdown
 from kallm_bench.suites import Cell, Suite
 from kallm_bench.training import (
+    CLASSIFIER,
     SCOPES,
     CurriculumSettings,
     DataSource,
+    DataTable,
     DistillationSettings,
     Fit,
     Forward,
+    LabelledRows,
+    Rows,
     Teacher,
     TrainSettings,
+    answer,
+    apply_scope,
+    check_head,
     check_scope,
     find_data,
+    find_texts,
     gather_into,
     heldout_loss,
     make_curriculum,
+    merge,
     parameters_in,
     prepare,
+    prepare_texts,
+    put_head,
     tokenizer_fingerprint,
     tracking,
     train,
+    used_tokens,
+    write_head,
 )
+
+CUT_VERSION = 1
+"""Raised when a change of code changes what is left of a model that is cut."""
 
 START_VERSION = 3
 """Raised when a change of code changes what a calibrated start finds. 2: distilling begins at the right
@@ -92,6 +111,46 @@ variance. 3: under autocast a layer's input is cast before its expansion."""
 
 FAST_TOKENS = 2_000_000
 """From so many on, the quarter of a minute that compiling blocks takes on a GPU is won back."""
+
+
+def cut_model(
+    bench: Bench,
+    ref: ModelRef,
+    settings: CutSettings,
+    out: Path | None = None,
+    *,
+    replace: bool = False,
+    weights_needed: bool = True,
+) -> RunRecord:
+    """Makes a smaller model: the first blocks, and the tokens that some texts need. Saves it as a checkpoint.
+
+    Args:
+        out: its folder; None names one below `bench.runs`.
+        replace: whether another checkpoint that stands there may go.
+        weights_needed: whether a record without its weights will not do.
+    """
+    if not settings.cuts:
+        raise ModelError("nothing to cut: pass --blocks, or --data with the texts whose tokens shall stay, or both")
+    texts = find_texts(settings.data) if settings.data else None
+    tokenizer = load_tokenizer(ref.open())
+    cut_config(load_config(ref.open()), settings.blocks)
+    described = {"blocks": settings.blocks, "data": texts and texts.fingerprint, "version": CUT_VERSION}
+    stage = Stage(bench, "cut", described | {"tokenizer": tokenizer_fingerprint(tokenizer)}, ref)
+    stage.folder = out or bench.runs / f"{ref.label}-cut-{stage.key[:8]}"
+    with stage.claimed(weights_needed) as done:
+        if done:
+            return done
+        replace = stage.may_replace(replace)
+        bench.watch("cut", 0, 3, "reading texts")
+        used = used_tokens(texts, tokenizer) if texts else None
+        bench.watch("cut", 1, 3, "loading the model")
+        model, _ = load_model(ref.open(), stored_dtype(ref.open()))
+        model, tokenizer = cut(model, tokenizer, settings.blocks, used)
+        bench.watch("cut", 2, 3, "saving")
+        save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), replace=replace)
+        bench.watch("cut", 3, 3)
+        about = {"source": texts.label, "fingerprint": texts.fingerprint} if texts else {}
+        return stage.finish([Metric("parameters", parameter_count(model))], saved=True, model=model, data=about)
 
 
 def retrofit(
@@ -287,6 +346,13 @@ class Lessons:
         made = ref.lineage or specs_of(load_config(ref.open()))
         return dataclasses.replace(self, base=self.base or (_base_of(ref) if made else ref))
 
+    def check(self, settings: TrainSettings) -> None:
+        """Asks whether it goes with these settings. TrainingError if not."""
+        if settings.task == "classify" and self.distillation.active:
+            raise TrainingError("task 'classify' has nothing to distill: the untouched model knows no classes")
+        if settings.scope == "lora" and self.curriculum.active:
+            raise TrainingError("a curriculum changes what adapters would be added to; take another scope than 'lora'")
+
     def described(self) -> dict[str, Any]:
         """The part of a stage's settings; where there are none, nothing, so that keys are what they were."""
         told: dict[str, Any] = {"base": self.base.fingerprint} if self.base else {}
@@ -322,12 +388,16 @@ def train_model(
         data, heldout = _data_of(settings)
     bench.watch("loading the model", 0, 1)
     tokenizer = load_tokenizer(ref.open())
-    described = dataclasses.asdict(settings) | bench.place | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    described = settings.described() | bench.place | {"tokenizer": tokenizer_fingerprint(tokenizer)}
     described |= {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
     lessons = (lessons if settings.steps else NONE).of(ref)
+    lessons.check(settings)
     described |= lessons.described()
     if not settings.heldout_interval:
         del described["heldout_every"]  # as it was before there was such a setting
+    if settings.task == "classify":
+        head = ref.open().folder / CLASSIFIER
+        described["head"] = sha256(head) if head.is_file() else None
     if settings.steps == 0:
         described["seed"] = None  # one measurement serves every seed
     stage = Stage(bench, "train", described, ref)
@@ -351,7 +421,7 @@ def _train(
     settings: TrainSettings,
     lessons: Lessons,
     tokenizer: Any,
-    data: DataSource,
+    data: DataSource | DataTable,
     replace: bool,
     resume: bool,
 ) -> RunRecord | None:
@@ -373,11 +443,10 @@ def _train(
     )
     del base  # a curriculum keeps of it what stood where something was put
     with processes.in_turn():
-        if settings.steps:
-            parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
-        rows, kept = prepare(
-            settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing
-        )
+        if settings.steps:  # refused before the data is packed
+            parameters_in(model, settings.scope, settings.tail_from, settings.lora)
+        rows, kept = _rows(settings, tokenizer, packing)
+    own_head = _ready(model, rows, settings, ref)
     with _logging(bench, stage) as log, peak_memory(bench.device) as peak:
         result = train(
             model,
@@ -398,27 +467,68 @@ def _train(
     figures = []
     if settings.steps:
         figures = [*describe_run(model, rows, settings, result, bench.dtype, processes), *peak]
+    answers = None
+    if isinstance(kept, LabelledRows):
+        ways = _ways(bench, settings)
+        answers = answer(
+            model, kept, settings.heldout_rows, autocast=ways["autocast"], batch_rows=ways["batch_rows"],
+            watch=bench.watch, processes=processes, sharded=bench.sharded,
+        )  # fmt: skip
     if bench.sharded:
         split, model = model, load("cpu") if processes.first else model
+        if processes.first:
+            own_head = _ready(model, rows, settings, ref)
+            if settings.steps:
+                apply_scope(model, settings.scope, settings.tail_from, settings.lora)
         gather_into(model, split, processes)
     if not processes.first:
         return None
+    if settings.steps:
+        merge(model, settings.scope)
+    head = model.get_output_embeddings()
+    if own_head is not None:
+        model.set_output_embeddings(own_head)
+    loss = "class_loss" if answers else "heldout_loss"
     metrics = [
-        Metric("heldout_loss", result.heldout_after, n=result.heldout_tokens),
-        Metric("heldout_loss_before", result.heldout_before, n=result.heldout_tokens),
+        *(answers.metrics() if answers else ()),
+        Metric(loss, result.heldout_after, n=result.heldout_tokens),
+        Metric(f"{loss}_before", result.heldout_before, n=result.heldout_tokens),
         Metric("trainable_parameters", result.trainable_parameters),
         Metric("trained_tokens", settings.steps * settings.rows_per_step * settings.row_length),
     ]
     about = {"source": data.label, "fingerprint": data.fingerprint}
+    samples = answers.samples() if answers else None
     if stage.folder is None:
-        return stage.finish(metrics, data=about, model=model)
+        return stage.finish(metrics, data=about, model=model, samples=samples)
     last = result.losses[-max(1, len(result.losses) // 10) :]
-    metrics.append(Metric("train_loss", sum(last) / len(last), n=len(last), samples=result.losses))
-    metrics += [*heldout_curve(settings, result), *figures]
+    name = "class_train_loss" if answers else "train_loss"
+    curve = heldout_curve(settings, result)
+    metrics.append(Metric(name, sum(last) / len(last), n=len(last), samples=result.losses))
+    metrics += [dataclasses.replace(each, name=f"{loss}_curve") if answers else each for each in curve] + figures
     save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), base=stage.base, replace=replace)
-    record = stage.finish(metrics, saved=True, data=about, model=model)
+    if answers:
+        write_head(stage.folder, head, answers.names)
+    record = stage.finish(metrics, saved=True, data=about, model=model, samples=samples)
     _describe(bench, stage.folder, model, record)
     return record
+
+
+def _rows(settings: TrainSettings, tokenizer: Any, packing: Callable[[int, int], None]) -> tuple[Rows, Rows]:
+    """What is trained on, and what is held out."""
+    if settings.task == "classify":
+        rows, kept = prepare_texts(settings.data, tokenizer, settings.row_length, settings.heldout)
+        return rows.enough_for(settings.steps * settings.rows_per_step), kept
+    return prepare(settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing)
+
+
+def _ready(model: PreTrainedModel, rows: Rows, settings: TrainSettings, ref: ModelRef) -> torch.nn.Module | None:
+    """Puts a head for classes into a model where these are asked for; returns the one that it had."""
+    if not isinstance(rows, LabelledRows):
+        return None
+    folder = ref.open().folder
+    if not settings.steps:
+        check_head(folder, rows.names, ref.name)
+    return put_head(model, rows.names, settings.seed, folder)
 
 
 def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings) -> Budget:
@@ -432,15 +542,14 @@ def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings) -> Budget
     _data_of(settings)
     bench.watch("loading the model", 0, 1)
     model, tokenizer = load_model(ref.open(), torch.float32, bench.device)
-    if settings.steps:
-        parameters_in(model, settings.scope, settings.tail_from)  # refused before the data is packed
+    if settings.steps:  # refused before the data is packed
+        parameters_in(model, settings.scope, settings.tail_from, settings.lora)
 
     def packing(done: int, total: int) -> None:
         bench.watch("packing conversations", done, total)
 
-    rows, kept = prepare(
-        settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing
-    )
+    rows, kept = _rows(settings, tokenizer, packing)
+    _ready(model, rows, settings, ref)
     return try_run(model, rows, kept, settings, _ways(bench, settings) | {"cache": None}, bench.watch)
 
 
@@ -596,6 +705,8 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     ref = find_ref(cell.model)
     records = []
     begin(_part(cell, "retrofit"))
+    if cell.cut.cuts:
+        ref = _cut_ref(bench, ref, cell.cut)
     start = ref
     if (wanted := _spec_of(cell, ref)) is not None:
         spec, text = wanted, _calibration_of(cell)
@@ -614,17 +725,35 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     return records
 
 
-def _spec_of(cell: Cell, ref: ModelRef) -> KANSpec | None:
-    """A cell's spec; with as many parameters as another arm's modules where it says so."""
+def _cut_ref(bench: Bench, ref: ModelRef, settings: CutSettings) -> ModelRef:
+    """What a suite's arms start from where it cuts the model first; one record for all of them."""
+    bench = dataclasses.replace(bench, arm="", seed=0)
+    record = cut_model(bench, ref, settings, weights_needed=False)
+    made = ref_after(record, ref, remake=lambda: cut_model(bench, ref, settings))
+    return dataclasses.replace(made, base={})  # replaced modules come back from here, not from the whole model
+
+
+def _spec_of(cell: Cell, ref: ModelRef, config: PreTrainedConfig | None = None) -> KANSpec | None:
+    """A cell's spec; with as many parameters as another arm's modules where it says so.
+
+    Args:
+        config: of the model, where that is not what `ref` opens.
+    """
     if cell.spec is None or cell.match is None:
         return cell.spec
-    config = load_config(ref.open())
+    config = config or load_config(ref.open())
     return dataclasses.replace(cell.spec, params=parameters_of(config, complete_spec(config, cell.match)))
 
 
 def _lessons_of(cell: Cell, ref: ModelRef) -> Lessons:
     """Of a cell whose model is `ref`."""
-    return Lessons(cell.curriculum, cell.distillation).of(ref)
+    return Lessons(cell.curriculum, cell.distillation, ref if cell.cut.cuts else None).of(ref)
+
+
+def _config_of(cell: Cell, ref: ModelRef) -> PreTrainedConfig:
+    """Of the model that a cell replaces parts of, which `ref` opens before it is cut."""
+    config = load_config(ref.open())
+    return cut_config(config, cell.cut.blocks) if cell.cut.cuts else config
 
 
 def _calibration_of(cell: Cell) -> CalibrationSettings | None:
@@ -634,15 +763,19 @@ def _calibration_of(cell: Cell) -> CalibrationSettings | None:
 def check_cell(cell: Cell) -> None:
     """Asks of every stage of a cell whether it can be, before the first one runs. Raises what that stage would."""
     ref = find_ref(cell.model)
-    config = load_config(ref.open())
-    if spec := _spec_of(cell, ref):
+    config = _config_of(cell, ref)
+    if cell.cut.data:
+        find_texts(cell.cut.data)
+    if spec := _spec_of(cell, ref, config):
         spec = complete_spec(config, spec)
     if text := _calibration_of(cell):
         _data_of(text)
     replaced = bool(cell.spec or specs_of(config))
     if cell.train.steps and "train" in cell.stages:
         check_scope(cell.train.scope, replaced=replaced, tail_from=cell.train.tail_from)
-        _check_lessons(cell, _lessons_of(cell, ref), config, spec)
+        lessons = _lessons_of(cell, ref)
+        lessons.check(cell.train)
+        _check_lessons(cell, lessons, config, spec)
     if cell.profile.scope != "none" and "profile" in cell.stages:
         check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
     tokenizer_fingerprint(load_tokenizer(ref.open()))
@@ -660,7 +793,7 @@ def _check_lessons(cell: Cell, lessons: Lessons, config: PreTrainedConfig, spec:
     config = copy.deepcopy(config)
     if spec:
         config.kallm = [*(getattr(config, "kallm", None) or []), spec.to_json()]
-    base = skeleton_of(load_config(lessons.base.open())) if lessons.base else None
+    base = skeleton_of(_config_of(cell, lessons.base)) if lessons.base else None
     make_curriculum(skeleton_of(config), lessons.curriculum, cell.train, base)
 
 
@@ -757,8 +890,9 @@ def foresee_suite(bench: Bench, suite: Suite) -> list[CellForecast]:
 
 def _foresee_cell(bench: Bench, suite: str, cell: Cell, records: Sequence[RunRecord]) -> Budget:
     ref = find_ref(cell.model)
+    config = _config_of(cell, ref)
     wanted = Wanted(
-        suite, cell.arm, load_config(ref.open()), _spec_of(cell, ref), cell.train, bench.device, bench.dtype,
+        suite, cell.arm, config, _spec_of(cell, ref, config), cell.train, bench.device, bench.dtype,
         _ways(bench, cell.train)["batch_rows"],
     )  # fmt: skip
     return foresee(wanted, records)
@@ -790,9 +924,12 @@ def write_report(store: ResultsStore, suite: Suite, testbed: str, records: Seque
     return Report(tables, folder)
 
 
-def _data_of(settings: TrainSettings | CalibrationSettings) -> tuple[DataSource, DataSource | None]:
+def _data_of(
+    settings: TrainSettings | CalibrationSettings,
+) -> tuple[DataSource | DataTable, DataSource | DataTable | None]:
     """The training data, and the held-out data where that has a source of its own. DataError where they are one."""
-    data, heldout = find_data(settings.data), find_data(settings.heldout) if settings.heldout else None
+    find = find_texts if isinstance(settings, TrainSettings) and settings.task == "classify" else find_data
+    data, heldout = find(settings.data), find(settings.heldout) if settings.heldout else None
     if heldout and heldout.fingerprint == data.fingerprint:
         raise DataError(f"{settings.heldout}: the held-out data is the training data; leave it out to hold a part back")
     return data, heldout

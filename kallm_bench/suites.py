@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 from kallm_bench.bbh.evaluate import EvalSettings
 from kallm_bench.errors import SuiteError, unknown
-from kallm_bench.models import CalibrationSettings, KANSpec
+from kallm_bench.models import CalibrationSettings, CutSettings, KANSpec
 from kallm_bench.profiling import KernelProblem, KernelSettings, ProfileSettings, problems_by_hand
 from kallm_bench.training import CurriculumSettings, DistillationSettings, TrainSettings
 
 SECTIONS: dict[str, type] = {
+    "cut": CutSettings,
     "calibration": CalibrationSettings,
     "train": TrainSettings,
     "curriculum": CurriculumSettings,
@@ -43,6 +44,7 @@ class Cell:
         spec: None for an arm with nothing replaced.
         match: the spec of the arm that `spec` shall have as many parameters as; None where it stands by itself.
         stages: which of STAGES are run.
+        cut: what is left of the model before anything else is done, if not all.
     """
 
     arm: str
@@ -51,6 +53,7 @@ class Cell:
     spec: KANSpec | None
     match: KANSpec | None
     stages: tuple[str, ...]
+    cut: CutSettings
     calibration: CalibrationSettings
     train: TrainSettings
     curriculum: CurriculumSettings
@@ -196,6 +199,8 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path) -> 
         train, seed=seed, data=_beside(path, train.data), heldout=train.heldout and _beside(path, train.heldout)
     )
     settings["eval"] = dataclasses.replace(questions, source=questions.source and _beside(path, questions.source))
+    kept = settings["cut"]
+    settings["cut"] = dataclasses.replace(kept, data=kept.data and _beside(path, kept.data))
     text = settings["calibration"]
     settings["calibration"] = dataclasses.replace(
         text, data=_beside(path, text.data), heldout=text.heldout and _beside(path, text.heldout)

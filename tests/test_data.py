@@ -258,7 +258,7 @@ def test_a_tokenizer_that_would_cut_short_or_pad_does_neither(bundled_tokenizer:
 def test_the_same_conversations_in_any_file_are_the_same_rows(
     bundled_tokenizer: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kallm_bench.training.conversations.AT_ONCE", 7)
+    monkeypatch.setattr("kallm_bench.training.tables.AT_ONCE", 7)
     expected, found = (
         prepare(write_chat(tmp_path / each, CHAT * 40), bundled_tokenizer, 32, tmp_path / "cache")
         for each in ("chat.jsonl", name)
@@ -285,7 +285,7 @@ def test_a_hub_set_is_read_by_split_and_configuration(monkeypatch: pytest.Monkey
         return datasets.Dataset.from_list([{column: messages, "id": 1} for messages in CHAT])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("kallm_bench.training.conversations.hub_answers", lambda: True)
+    monkeypatch.setattr("kallm_bench.training.tables.hub_answers", lambda: True)
     found = [find_data(name) for name in ("someone/chat", "someone/chat:test", "someone/chat:all:test")]
     assert asked == [
         ("someone/chat", None, "train"),

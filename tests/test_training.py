@@ -159,7 +159,7 @@ def test_scopes_learn_what_they_say(tiny_llama: Any) -> None:
     model = tiny_llama()
     retrofit(model, KANSpec("2-3", "cheby2"))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    scopes = {scope: {names[id(p)] for p in parameters_in(model, scope)} for scope in SCOPES}
+    scopes = {scope: {names[id(p)] for p in parameters_in(model, scope)} for scope in SCOPES if scope != "lora"}
     assert all("mlp.layers" in name for name in scopes["replaced"])
     assert {name.split(".")[2] for name in scopes["tail"] if "layers" in name} == {"2", "3"}
     assert scopes["tail"] - scopes["replaced"] >= {"model.norm.weight"}

@@ -9,6 +9,7 @@ from kallm_bench.models.checkpoint import (
     stored_dtype,
     write_card,
 )
+from kallm_bench.models.cut import CutSettings, cut, cut_config
 from kallm_bench.models.modeling import skeleton_of, specs_of
 from kallm_bench.models.retrofit import (
     complete_spec,
@@ -34,11 +35,14 @@ from kallm_bench.models.spec import KANSpec
 __all__ = [
     "Calibration",
     "CalibrationSettings",
+    "CutSettings",
     "KANSpec",
     "Original",
     "Source",
     "blocks_to_revert",
     "complete_spec",
+    "cut",
+    "cut_config",
     "find_model",
     "is_tight",
     "load_checkpoint",

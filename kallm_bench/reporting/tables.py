@@ -39,6 +39,8 @@ STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("profile", "parameters", "parameters"),
     ("train", "trainable_parameters", "trained parameters"),
     ("train", "heldout_loss", "held-out loss"),
+    ("train", "class_loss", "class loss"),
+    ("train", "class_accuracy", "accuracy of classes"),
     ("eval-bbh", "accuracy", "accuracy"),
     ("profile", "prefill_tokens_per_second", "prefill tokens/s"),
     ("profile", "decode_tokens_per_second", "decode tokens/s"),
@@ -54,6 +56,9 @@ STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
 """Stage, metric and heading of each column; a column without a single value is left out.
 
 What stands after a metric's slash tells two stages apart that measure the same."""
+
+ACCURACIES = {"eval-bbh": "accuracy", "train": "class_accuracy"}
+"""Stages that ask questions, and the metric of their answers."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def _row(store: ResultsStore, arm: Arm) -> Row:
         name = metric.partition("/")[0]
         values = [value for record in records if (value := record.value(name)) is not None]
         if values:
-            interval = _accuracy_interval(store, records) if metric == "accuracy" else mean_interval(values)
+            interval = _accuracy_interval(store, records) if metric in ACCURACIES.values() else mean_interval(values)
             if interval and interval[0] < 0:
                 interval = (0.0, interval[1])  # of two seeds it is wide, and none of these can be negative
             figures[metric] = Figure(statistics.fmean(values), interval, _mark(metric, interval, records))
@@ -216,7 +221,7 @@ def _row(store: ResultsStore, arm: Arm) -> Row:
 
 def _mark(metric: str, interval: Interval | None, records: Sequence[RunRecord]) -> str:
     guessing = records[0].value("guessing_accuracy") if records else None
-    if metric != "accuracy" or interval is None or guessing is None or interval[0] > guessing:
+    if metric not in ACCURACIES.values() or interval is None or guessing is None or interval[0] > guessing:
         return ""
     return AT_CHANCE if guessing <= interval[1] else BELOW_CHANCE
 
@@ -239,10 +244,16 @@ def _accuracy_interval(store: ResultsStore, records: Sequence[RunRecord]) -> Int
 def _chance_rows(arms: Sequence[Arm]) -> list[Row]:
     """What answering without reading gets, for each set of questions asked."""
     rows = []
-    asked = {record.data.get("fingerprint"): record for arm in arms for record in arm.stages.get("eval-bbh", [])}
-    for record in asked.values():
+    asked = {
+        (stage, record.data.get("fingerprint")): record
+        for arm in arms
+        for stage in ACCURACIES
+        for record in arm.stages.get(stage, [])
+        if record.value("guessing_accuracy") is not None
+    }
+    for (stage, _), record in asked.items():
         source = f" ({record.data.get('source')})" if len(asked) > 1 else ""
         for name, metric in (("guessing", "guessing_accuracy"), ("majority answer", "majority_accuracy")):
             if (value := record.value(metric)) is not None:
-                rows.append(Row(f"{name}{source}", "no model", 0, {"accuracy": Figure(value)}))
+                rows.append(Row(f"{name}{source}", "no model", 0, {ACCURACIES[stage]: Figure(value)}))
     return rows

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import itertools
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from kallm_bench.errors import DataError, unknown
 from kallm_bench.files import sha256
-from kallm_bench.hub import hub_answers
+from kallm_bench.training.tables import Columns, damage_told, find_table, listed, parsed
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 BESIDE = {"assistant": ("tool_calls", "reasoning_content"), "tool": ("name", "tool_call_id")}
 """What a template may read of a message beside its role and content, by role. All else that stands there is dropped."""
 
-FILE_ENDINGS = (".jsonl", ".gz", ".json", ".parquet", ".txt", ".csv")
-
-AT_ONCE = 1024
-"""Rows of a parquet file that are Python objects at one time."""
+COLUMNS = Columns(("messages",), ("tools",), 'Rename the one that holds lists of {"role": ..., "content": ...}')
 
 
 class Conversation(NamedTuple):
@@ -65,14 +59,8 @@ def find_data(source: str) -> DataSource:
     if source == "bundled":
         path = _bundled_file()
         return DataSource(source, sha256(path), lambda: _read_chitchat(path), lambda: len(_chitchat(path)))
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix == ".parquet":
-            return DataSource(path.name, sha256(path), lambda: _read_parquet(path), lambda: _open_parquet(path)[1])
-        return DataSource(path.name, sha256(path), lambda: _read_json(path), lambda: _count_lines(path))
-    if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in FILE_ENDINGS:
-        raise DataError(f"no data file '{source}'; data is a JSONL(.gz) or parquet file, a hub id, or 'bundled'")
-    return _hub_data(source)
+    table = find_table(source, COLUMNS)
+    return DataSource(table.label, table.fingerprint, lambda: itertools.starmap(_checked, table.read()), table.count)
 
 
 # --- bundled ----------------------------------------------------------------------------------------------------------
@@ -86,7 +74,7 @@ def _bundled_file() -> Path:
 
 
 def _chitchat(path: Path) -> dict[str, Any]:
-    with _damage_told(path):
+    with damage_told(path):
         entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return entries
 
@@ -102,138 +90,6 @@ def _read_chitchat(path: Path) -> Iterator[Conversation]:
             yield Conversation(f"bundled, entry {name}", messages)
 
 
-# --- JSON, a line a conversation or one list --------------------------------------------------------------------------
-
-
-@contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _open_bytes(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _open_text(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
-
-
-def _count_lines(path: Path) -> int:
-    with _damage_told(path), _open_bytes(path) as stream:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b"")) + 1
-
-
-def _read_json(path: Path) -> Iterator[Conversation]:
-    if ".json" in path.suffixes and _is_list(path):
-        yield from _read_list(path)
-        return
-    with _damage_told(path), _open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield _checked(_parsed(line, where), where)
-
-
-def _is_list(path: Path) -> bool:
-    with _damage_told(path), _open_text(path) as text:
-        return text.read(1000).lstrip().startswith("[")
-
-
-def _read_list(path: Path) -> Iterator[Conversation]:
-    """One JSON list, which has to be in memory whole; JSON a line has not."""
-    with _damage_told(path), _open_text(path) as text:
-        entries = _parsed(text.read(), str(path))
-    for number, entry in enumerate(entries, 1):
-        where = f"{path}, entry {number}"
-        yield _checked(entry, where)
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def _columns(there: Iterable[str], where: str) -> list[str]:
-    """The columns to read. DataError where no 'messages' is among those that are there."""
-    names = list(there)
-    if "messages" not in names:
-        raise DataError(
-            f"{where}: no column 'messages'; it has {_listed(names)}. Rename the one that holds lists of "
-            '{"role": ..., "content": ...}'
-        )
-    return [name for name in ("messages", "tools") if name in names]
-
-
-def _listed(names: Iterable[Any]) -> str:
-    shown = ", ".join(f"'{name}'" for name in itertools.islice(names, 12))
-    return shown or "nothing"
-
-
-def _open_parquet(path: Path) -> tuple[Any, int]:
-    """The opened file, and how many rows it has."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: no parquet file, or a damaged one: {str(error).splitlines()[0]}") from error
-    return file, file.metadata.num_rows
-
-
-def _read_parquet(path: Path) -> Iterator[Conversation]:
-    import pyarrow
-
-    file, _ = _open_parquet(path)
-    columns = _columns(file.schema_arrow.names, str(path))
-    number = 0
-    try:
-        with file:
-            for batch in file.iter_batches(batch_size=AT_ONCE, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield _checked(row, f"{path}, row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged after row {number}: {str(error).splitlines()[0]}") from error
-
-
-def _hub_data(source: str) -> DataSource:
-    import datasets
-
-    datasets.disable_progress_bars()
-    name, *rest = source.split(":")
-    if len(rest) > 2:
-        raise DataError(f"hub data '{source}' has too many parts; it is name, name:split or name:config:split")
-    config, split = (rest[0] if len(rest) == 2 else None), (rest[-1] if rest else "train")
-    instead = "Take --data bundled or a JSONL file instead"
-    if not hub_answers():
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        loaded = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:  # datasets' own "not found" and "offline" are of these
-        reason = " ".join(str(error).split("\n\n")[0].split())
-        if "onfig" in reason or "split" in reason:
-            instead = "Name them so: name:split or name:config:split"
-        raise DataError(f"hub data '{source}' is not on this disk and not to be had ({reason}). {instead}") from error
-    columns = _columns(loaded.column_names, f"hub data '{source}'")
-
-    def read() -> Iterator[Conversation]:
-        for number, row in enumerate(loaded.select_columns(columns), 1):
-            yield _checked(row, f"{source}, row {number}")
-
-    return DataSource(source, str(loaded._fingerprint), read, lambda: len(loaded))
-
-
 # --- one conversation -------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +97,7 @@ def _checked(row: Any, where: str) -> Conversation:
     """The row's conversation. DataError where it is none."""
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
-        found = f"it has {_listed(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+        found = f"it has {listed(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
         if isinstance(row, dict) and "messages" in row:
             found = f"'messages' is {str(messages)[:40]!r}"
         raise DataError(f'{where}: needs {{"messages": [{{"role": ..., "content": ...}}, ...]}}; {found}')
@@ -292,7 +148,7 @@ def _text(message: dict[str, Any]) -> str | None:
 def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     """The tools on offer, as JSON schemas; tables often hold them as text."""
     if isinstance(tools, str) and tools.strip():
-        tools = _parsed(tools, f"{where}, 'tools'")
+        tools = parsed(tools, f"{where}, 'tools'")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

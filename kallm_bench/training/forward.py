@@ -30,7 +30,7 @@ from kallm_bench.training.compiling import can_compile
 from kallm_bench.training.data import IGNORE, Rows
 from kallm_bench.training.entry import entered, left, place_to_split
 from kallm_bench.training.graphs import FrozenGraph, learning_graph
-from kallm_bench.training.loss import Objective, loss_of
+from kallm_bench.training.loss import Objective, logits_of, loss_of
 from kallm_bench.training.prefix_cache import PrefixCache
 from kallm_bench.training.teacher import Teacher
 
@@ -263,6 +263,11 @@ class Forward:
         with self._precision():
             hidden = self.hidden(batch).flatten(0, 1).index_select(0, batch.bearing)  # (P, H)
             return loss_of(self.model, hidden, batch.targets), len(batch.targets)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """What the head says at the positions that bear loss: (P, V)."""
+        with self._precision():
+            return logits_of(self.model, self.hidden(batch).flatten(0, 1).index_select(0, batch.bearing))
 
     def objective(self, batch: Batch) -> Objective:
         """What a step makes smaller, and the cross-entropy in it. What enters the learning part is computed once."""

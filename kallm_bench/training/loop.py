@@ -132,7 +132,7 @@ def train(
             "out, or train without them"
         )
     if steps:
-        apply_scope(model, settings.scope, settings.tail_from)
+        apply_scope(model, settings.scope, settings.tail_from, settings.lora, settings.seed)
     if sharded:
         shard(model, processes)
     device = model.device

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from kallm_bench.errors import TrainingError, unknown
+from kallm_bench.training.adapters import LoraSettings
 
 SCHEDULES = {
     "cosine": "after the warm-up, down half a cosine",
     "linear": "after the warm-up, down a straight line",
     "constant": "after the warm-up, no more change",
     "wsd": "warm-up, stable, decay: constant until the last `decay_share` of the steps, then down a straight line",
+}
+
+TASKS = {
+    "chat": "the assistant's next token, in conversations",
+    "classify": "the class of each text, from the decoder's output at its last token",
 }
 
 
@@ -37,7 +45,7 @@ class TrainSettings:
         betas, weight_decay: of AdamW; what has one dimension, as norms and biases, and a basis's own parameters do not
             decay.
         clip_norm: the largest norm of a step's gradient.
-        heldout_rows: how many held-out rows are scored, at most.
+        heldout_rows: how many held-out rows are scored, at most; the first ones.
         heldout_every: the held-out loss is also taken after every so many steps; below 1, a share of them all; 0 takes
             it before the first step and after the last alone.
         seed: permutes these rows.
@@ -65,6 +73,11 @@ class TrainSettings:
     heldout_rows: int = 128
     heldout_every: float = 0.0
     seed: int = 0
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ()
+    task: str = "chat"
 
     def __post_init__(self) -> None:
         for name, least in {"tokens": 0, "row_length": 2, "rows_per_step": 1, "heldout_rows": 1, "seed": 0}.items():
@@ -72,6 +85,9 @@ class TrainSettings:
                 raise TrainingError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if (self.tail_from or 0) < 0:
             raise TrainingError(f"tail_from must be at least 0, got {self.tail_from}")
+        if self.task not in TASKS:
+            raise TrainingError(unknown("task", self.task, TASKS))
+        _ = self.lora  # refuses what cannot be
         if self.schedule not in SCHEDULES:
             raise TrainingError(unknown("schedule", self.schedule, SCHEDULES))
         for name in ("learning_rate", "new_learning_rate", "clip_norm"):
@@ -98,6 +114,16 @@ class TrainSettings:
                 f"{self.tokens} tokens do not fill one step of {self.rows_per_step} rows of {self.row_length}: "
                 "take more tokens, or fewer or shorter rows"
             )
+
+    @property
+    def lora(self) -> LoraSettings:
+        return LoraSettings(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
+
+    def described(self) -> dict[str, Any]:
+        """All of it that decides this training, for its record: settings of another task or scope do not."""
+        unused = {name for name in vars(self) if name.startswith("lora_") and self.scope != "lora"}
+        unused |= {"task"} if self.task == "chat" else set()
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
 
     @property
     def steps(self) -> int:
