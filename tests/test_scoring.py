@@ -185,7 +185,7 @@ def test_batches_halve_where_memory_runs_out(
     llama: Any, bundled_tokenizer: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = llama.forward
-    most = 120
+    most = 50
 
     def forgetful(*args: Any, input_ids: torch.Tensor, **named: Any) -> Any:
         if input_ids.numel() > most:
