@@ -185,11 +185,12 @@ def test_batches_halve_where_memory_runs_out(
     llama: Any, bundled_tokenizer: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = llama.forward
-    most = 50
+    most, seen = 50, []
 
     def forgetful(*args: Any, input_ids: torch.Tensor, **named: Any) -> Any:
         if input_ids.numel() > most:
             raise torch.OutOfMemoryError("no more")
+        seen.append(input_ids.numel())
         return forward(*args, input_ids=input_ids, **named)
 
     monkeypatch.setattr(llama, "forward", forgetful)
@@ -198,9 +199,35 @@ def test_batches_halve_where_memory_runs_out(
     scores = by_question(score_choices(llama, bundled_tokenizer, make_prompts(), watch=watch))
     assert_equal(scores, expected)
     assert any(note.startswith("out of memory, ") for note in told)
+    assert sum(each.forwarded_tokens for each in scores.values()) == sum(seen)
     most = 10
     with pytest.raises(BBHError, match="out of memory with the longest question, of"):
         list(score_choices(llama, bundled_tokenizer, make_prompts()))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_questions_that_are_the_same_have_something_of_their_own(
+    llama: Any, bundled_tokenizer: Any, count: int
+) -> None:
+    """What they have in common is nearly all: the last token is left to each."""
+    prompts = [Prompt("snarks", i, SHOTS, "Q: Which?\nA:", ("(A)", "(B)"), "(A)") for i in range(count)]
+    scores = by_question(score_choices(llama, bundled_tokenizer, prompts))
+    assert_equal(scores, plainly(llama, bundled_tokenizer, prompts, 2048))
+
+
+@pytest.mark.parametrize(("across", "cuts"), [("\nA", False), ("A\n", True)])
+def test_a_vocabulary_that_joins_lines_is_not_cut_at_them(across: str, cuts: bool) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate([*"\nABQ: x", across])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[(across[0], across[1])]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="x")
+    encoder = Encoder(tokenizer)
+    assert encoder.cuts_at_lines is cuts
+    prompts = [Prompt("snarks", i, "B\n", f"A{'B' * i}\nA:", ("A", "B"), "A") for i in range(3)]
+    for prompt, encoded in zip(prompts, encoder.encode(prompts), strict=True):
+        assert list(encoded.context) == tokenizer.encode(prompt.shared + prompt.question)
 
 
 def test_branches_share_what_choices_share() -> None:

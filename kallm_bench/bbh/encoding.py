@@ -47,7 +47,7 @@ class Encoder:
         self._tokenizer = tokenizer
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self._beginning = None if first is None else tokenizer.decode(first)
-        self._cuts_at_lines = _cuts_at_lines(tokenizer)
+        self.cuts_at_lines = _cuts_at_lines(tokenizer)
         self._known: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
@@ -81,7 +81,7 @@ class Encoder:
 
     def _may_cut(self, text: str, at: int) -> bool:
         here = text[max(0, at - 1) : at + 1]
-        return self._cuts_at_lines and re.fullmatch(r"\n[A-Za-z]", here) is not None
+        return self.cuts_at_lines and re.fullmatch(r"\n[A-Za-z]", here) is not None
 
     def _cut(self, texts: Sequence[str], special: bool | None = None) -> list[Tokens]:
         found: dict[int, Tokens] = {}

@@ -133,19 +133,18 @@ def chains_of(number: int, question: Encoded, most: int) -> list[Tree]:
     A chain for each choice, or for several that differ in their last token alone; of tokens beyond the `most` that the
     model's context holds, the first are left out.
     """
-    found: dict[Tokens, list[int]] = {}
+    found: dict[tuple[int, Tokens], list[int]] = {}
     for choice, continuation in enumerate(question.continuations):
         whole = (question.context + continuation)[-(most + 1) :]
-        found.setdefault(whole[:-1], []).append(choice)
+        found.setdefault((len(continuation), whole[:-1]), []).append(choice)
     trees = []
-    for chain, choices in found.items():
-        targets = tuple(question.continuations[choice] for choice in choices)
-        longest = max(map(len, targets))
-        inner = chain[len(chain) - longest + 1 :]
+    for (length, chain), choices in found.items():
+        trunk, inner = chain[: len(chain) - length + 1], chain[len(chain) - length + 1 :]
         nodes = tuple(range(len(inner)))
-        paths = tuple((-1, *nodes)[len(inner) + 1 - len(target) :] for target in targets)
-        branches = Branches(inner, tuple(node + 1 for node in nodes), (len(inner),) * len(inner), paths)
-        trees.append(Tree(number, tuple(choices), chain[: len(chain) - len(inner)], branches, targets))
+        depths, ends = tuple(node + 1 for node in nodes), (len(inner),) * len(inner)
+        branches = Branches(inner, depths, ends, ((-1, *nodes),) * len(choices))
+        targets = tuple(question.continuations[choice] for choice in choices)
+        trees.append(Tree(number, tuple(choices), trunk, branches, targets))
     return trees
 
 
