@@ -1,9 +1,10 @@
 """What the leaderboard's log-likelihoods cost here and in lm-eval's hf backend, on the same questions, in turn.
 
-Both in float32 on the CPU, each in a process of its own, seconds after loading, tokenising included. The processor's
-time is the one to compare where others work on the machine too. It also says how far the two lie apart.
+Both in float32 on the CPU, each in a process of its own, seconds after loading, tokenising included. Where others work
+on the machine, compare the processor's time, with one thread: several that wait for each other count as work. It also
+says how far the two lie apart.
 
-Run it: python tests/benchmark_loglikelihood.py FOLDER [--limit 10] [--tasks navigate,snarks] [--batch-size 8]
+Run it: python tests/benchmark_loglikelihood.py FOLDER [--limit 10] [--tasks snarks] [--batch-size 8] [--threads 1]
 FOLDER is the BIG-Bench-Hard repository. lm-eval may take an hour for all tasks.
 """
 
@@ -27,12 +28,18 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=10)
     parser.add_argument("--tasks", default="")
     parser.add_argument("--batch-size", type=int, default=8, help="rows, of lm-eval; here as many tokens in one go")
+    parser.add_argument("--threads", type=int, default=0, help="of both; 1 where others work on the machine too")
     given = parser.parse_args()
     prompts = leaderboard(given.folder, given.limit, tuple(filter(None, given.tasks.split(","))))
+
+    import torch
 
     from kallm_bench.bbh.scoring import SLOTS, score_choices
     from kallm_bench.models import load_model
 
+    if given.threads:
+        torch.set_num_threads(given.threads)
+        os.environ["OMP_NUM_THREADS"] = str(given.threads)
     model, tokenizer = load_model("bundled")
     before = time.perf_counter(), time.process_time()
     scores = list(score_choices(model, tokenizer, prompts))

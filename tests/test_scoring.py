@@ -211,8 +211,11 @@ def test_questions_that_are_the_same_have_something_of_their_own(
 ) -> None:
     """What they have in common is nearly all: the last token is left to each."""
     prompts = [Prompt("snarks", i, SHOTS, "Q: Which?\nA:", ("(A)", "(B)"), "(A)") for i in range(count)]
-    scores = by_question(score_choices(llama, bundled_tokenizer, prompts))
+    told: list[str] = []
+    watch = lambda work, done, total, note="": told.append(note)  # noqa: E731
+    scores = by_question(score_choices(llama, bundled_tokenizer, prompts, watch=watch))
     assert_equal(scores, plainly(llama, bundled_tokenizer, prompts, 2048))
+    assert not any(told)  # and they do share it
 
 
 @pytest.mark.parametrize(("across", "cuts"), [("\nA", False), ("A\n", True)])
