@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from kallm_bench.bbh.extraction import is_right, read_answer
-from kallm_bench.bbh.generation import answer
+from kallm_bench.bbh.plain import answer
 from kallm_bench.bbh.protocols import Protocol
 from kallm_bench.bbh.questions import QuestionSet
 from kallm_bench.bbh.tasks import Question
