@@ -353,7 +353,7 @@ def test_a_retrofitted_model_is_asked_like_any_other(tiny_llama: Any, tokenizer:
 
 
 def test_attention_that_is_wrong_is_noticed(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison at the start sees a beginning that is left out, and a position that is off by one."""
+    """The comparison at the start sees a wrong token, and a place that is off by one."""
     check(llama, 100)
     begin, admit = Decoder.begin, Decoder.admit
     monkeypatch.setattr(Decoder, "begin", lambda self, ids: begin(self, [*ids[:-1], ids[0]]))
@@ -363,7 +363,8 @@ def test_attention_that_is_wrong_is_noticed(llama: Any, monkeypatch: pytest.Monk
 
     def late(self: Decoder, prompts: Any) -> None:
         admit(self, prompts)
-        self.before += 1
+        with torch.inference_mode():
+            self.positions += 1
 
     monkeypatch.setattr(Decoder, "admit", late)
     with pytest.raises(UnsupportedError, match="differ by"):

@@ -29,8 +29,9 @@ WARM_UPS = 2
 PROBED = 40
 """Tokens that `Decoder` and the model's own attention are compared on, before the first is believed."""
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Norm of the difference of logits over the norm of the logits: several times what rounding does (tf32 in float32)."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-3, torch.float16: 3e-2, torch.bfloat16: 0.15}
+"""Norm of the difference of logits over the norm of the logits: a few times what rounding does (tf32 in float32). In
+bfloat16 it does 5 % on the bundled model; one wrong token among forty does 18 %."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ def check(model: PreTrainedModel, need: int) -> None:
         raise UnsupportedError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     found, truth = found.double(), truth.double()
     off = float((found - truth).norm() / (truth - truth.mean()).norm())
-    if not off <= TOLERANCE.get(model.dtype, 5e-2):
+    if not off <= TOLERANCE.get(model.dtype, 0.15):
         raise UnsupportedError(f"logits differ by {off:.1%} from the model's own")
 
 
