@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from kallm_bench.bbh.aggregate import leaderboard_score, mean_and_error
-from kallm_bench.bbh.generation import answer
+from kallm_bench.bbh.plain import answer
 from kallm_bench.bbh.prompts import Prompt, build_prompts
 from kallm_bench.bbh.protocols import LEADERBOARD_CHOICES, Protocol
 from kallm_bench.bbh.questions import QuestionSet
