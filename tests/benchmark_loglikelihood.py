@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import lm_eval_choices
-from leaderboard_prompts import leaderboard
 
 
 def main() -> None:
@@ -30,13 +29,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="rows, of lm-eval; here as many tokens in one go")
     parser.add_argument("--threads", type=int, default=0, help="of both; 1 where others work on the machine too")
     given = parser.parse_args()
-    prompts = leaderboard(given.folder, given.limit, tuple(filter(None, given.tasks.split(","))))
 
     import torch
 
+    from kallm_bench.bbh.prompts import build_prompts
+    from kallm_bench.bbh.protocols import PROTOCOLS
+    from kallm_bench.bbh.questions import load_questions
     from kallm_bench.bbh.scoring import SLOTS, score_choices
     from kallm_bench.models import load_model
 
+    protocol, tasks = PROTOCOLS["leaderboard"], [task for task in given.tasks.split(",") if task]
+    questions = load_questions(str(given.folder), tasks, given.limit, among=protocol.tasks)
+    prompts = build_prompts(questions, protocol)
     if given.threads:
         torch.set_num_threads(given.threads)
         os.environ["OMP_NUM_THREADS"] = str(given.threads)

@@ -12,10 +12,11 @@ from typing import Any
 import lm_eval_choices
 import pytest
 import torch
-from leaderboard_prompts import CHOICES, leaderboard
 
 from kallm_bench.bbh.encoding import Encoder
-from kallm_bench.bbh.prompts import Prompt
+from kallm_bench.bbh.prompts import Prompt, build_prompts
+from kallm_bench.bbh.protocols import PROTOCOLS
+from kallm_bench.bbh.questions import load_questions
 from kallm_bench.bbh.scoring import ChoiceScores, count_tokens, score_choices
 from kallm_bench.bbh.trees import branches_of
 from kallm_bench.errors import BBHError
@@ -55,6 +56,12 @@ def plainly(model: Any, tokenizer: Any, prompts: list[Prompt], context: int) -> 
             values.append(likelihoods.gather(1, tokens[-length:, None]).sum().item())
         found[prompt.task, prompt.index] = values
     return found
+
+
+def leaderboard(shared_data: Path, limit: int | None = None, tasks: tuple[str, ...] = ()) -> list[Prompt]:
+    protocol = PROTOCOLS["leaderboard"]
+    questions = load_questions(str(shared_data / "data/bbh"), tasks, limit, among=protocol.tasks)
+    return build_prompts(questions, protocol)
 
 
 def by_question(scores: Any) -> dict[tuple[str, int], ChoiceScores]:
@@ -256,12 +263,12 @@ def test_tokens_are_those_of_the_whole(bundled_tokenizer: Any, border: str) -> N
 
 def test_the_leaderboard_takes_few_tokens(bundled_tokenizer: Any, shared_data: Path) -> None:
     """lm-eval puts 14.35 million through the model for the same questions."""
-    prompts = leaderboard(shared_data / "data/bbh")
+    prompts = leaderboard(shared_data)
     assert len(prompts) == 5761
     needed = count_tokens(bundled_tokenizer, prompts, 8192)
     assert needed.total < 700_000
     assert needed.questions > 500_000
-    few = leaderboard(shared_data / "data/bbh", 20, ("geometric_shapes", "hyperbaton"))
+    few = leaderboard(shared_data, 20, ("geometric_shapes", "hyperbaton"))
     encoder = Encoder(bundled_tokenizer)
     for task in ("geometric_shapes", "hyperbaton"):
         asked = [prompt for prompt in few if prompt.task == task]
@@ -295,8 +302,8 @@ def test_lm_eval_gives_the_same(
 ) -> None:
     """lm-eval's hf backend as it is, on real questions; and acc_norm agrees wherever its margin exceeds rounding."""
     model = llama if source == "tiny" else bundled[0]
-    limit, tasks = (1, tuple(CHOICES)) if source == "tiny" else (2, ("boolean_expressions", "navigate", "snarks"))
-    prompts = leaderboard(shared_data / "data/bbh", limit, tasks)
+    limit, tasks = (1, ()) if source == "tiny" else (2, ("boolean_expressions", "navigate", "snarks"))
+    prompts = leaderboard(shared_data, limit, tasks)
     model.save_pretrained(tmp_path / "model")
     bundled_tokenizer.save_pretrained(tmp_path / "model")
     lm_eval_choices.write(tmp_path / "asked.json", prompts)

@@ -127,7 +127,7 @@ class Decoder:
         self.length = 0  # of the beginning, as `before` says on the device
         self._graphs: dict[tuple[int, int, int], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
-        self._last = context_of(model) - 1
+        self._last = _positions_of(model) - 1
 
     @torch.inference_mode()
     def begin(self, beginning: Sequence[int]) -> None:
@@ -329,7 +329,7 @@ def _shapes(model: PreTrainedModel, need: int) -> list[tuple[int, int, int, torc
     return found
 
 
-def context_of(model: PreTrainedModel) -> int:
+def _positions_of(model: PreTrainedModel) -> int:
     """How many positions a model has; very many where its configuration names no limit."""
     config = model.config.get_text_config(decoder=True)
     return getattr(config, "max_position_embeddings", None) or 2**31

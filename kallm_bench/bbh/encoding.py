@@ -1,4 +1,4 @@
-r"""Prompts and their choices as tokens, exactly as lm-eval cuts them, without cutting the same text again and again.
+r"""Prompts and what follows them as tokens, exactly as lm-eval cuts them, and how many of those a model can take.
 
 lm-eval encodes the prompt, and for each choice the prompt with the choice behind it; what is longer in the second are
 the choice's tokens. A prompt of three shots and twenty choices is so encoded twenty-one times.
@@ -9,7 +9,7 @@ whole. So what all questions of a task begin with is encoded once, and so are it
 Both are held against the whole for some questions of each task, and where one differs, or the tokenizer is of another
 kind, wholes are encoded.
 
-Source: lm-eval 0.4.13, `TemplateLM._encode_pair` and `HFLM.tok_encode`.
+Source: lm-eval 0.4.13, `TemplateLM._encode_pair`, `HFLM.tok_encode` and `HFLM.max_length`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from kallm_bench.bbh.prompts import Prompt
 
 Tokens = tuple[int, ...]
+
+DEFAULT_CONTEXT = 2048
+"""Tokens of context where neither model nor tokenizer says, as in lm-eval."""
 
 DELIMITER = " "
 """Between a prompt and a choice."""
@@ -36,6 +41,37 @@ class Encoded:
     continuations: tuple[Tokens, ...]
 
 
+def context_of(model: PreTrainedModel, tokenizer: Any) -> int:
+    """Tokens the model's context holds, found where lm-eval looks."""
+    config = getattr(model.config, "text_config", None) or model.config
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if (found := getattr(config, name, None)) is not None:
+            return int(found)
+    found = getattr(tokenizer, "model_max_length", None)
+    return int(found) if found is not None and found < 10**18 else DEFAULT_CONTEXT
+
+
+def tokens_of(tokenizer: Any, texts: Sequence[str], templated: bool = False) -> list[Tokens]:
+    """Texts in tokens, with what the tokenizer puts before a text.
+
+    Args:
+        templated: whether a chat template made them: then nothing is put before them, nor where it stands there already.
+    """
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    beginning = None if first is None else tokenizer.decode(first)
+    found: dict[int, Tokens] = {}
+    for special in (True, False):
+        numbers = [
+            number
+            for number, text in enumerate(texts)
+            if special is not (templated or (beginning is not None and text.startswith(beginning)))
+        ]
+        if numbers:
+            rows = tokenizer([texts[number] for number in numbers], add_special_tokens=special, verbose=False)
+            found |= {number: tuple(row) for number, row in zip(numbers, rows["input_ids"], strict=True)}
+    return [found[number] for number in range(len(texts))]
+
+
 class Encoder:
     """Encodes prompts with choices.
 
@@ -45,57 +81,41 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        self._beginning = None if first is None else tokenizer.decode(first)
         self.cuts_at_lines = _cuts_at_lines(tokenizer)
         self._known: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         """The prompts of one task in tokens, in their order. No prompt is empty, and each has choices."""
-        contexts = [(prompt.shared + prompt.question).rstrip() for prompt in prompts]
-        cut = self._contexts([prompt.shared for prompt in prompts], contexts)
+        contexts = [prompt.text.rstrip() for prompt in prompts]
+        cut = self.contexts(contexts, len(prompts[0].shared) if len({prompt.shared for prompt in prompts}) == 1 else 0)
         return [
             Encoded(prompt, context, self._continuations(prompt, text, context))
             for prompt, text, context in zip(prompts, contexts, cut, strict=True)
         ]
 
-    def _contexts(self, shared: Sequence[str], contexts: Sequence[str]) -> list[Tokens]:
-        at = len(shared[0])
-        if len(set(shared)) == 1 and all(self._may_cut(text, at) for text in contexts):
-            rests = self._cut([text[at:] for text in contexts], special=False)
+    def contexts(self, texts: Sequence[str], shared: int, templated: bool = False) -> list[Tokens]:
+        """Texts in tokens, of which the first `shared` characters are the same in all."""
+        if shared and all(self._may_cut(text, shared) for text in texts):
+            rests = tokens_of(self._tokenizer, [text[shared:] for text in texts], templated=True)
             longest = max(range(len(rests)), key=lambda number: len(rests[number]))
-            whole, another = self._cut([contexts[0], contexts[longest]])
+            whole, another = tokens_of(self._tokenizer, [texts[0], texts[longest]], templated)
             beginning = whole[: len(whole) - len(rests[0])]
             if beginning + rests[0] == whole and beginning + rests[longest] == another:
                 return [beginning + rest for rest in rests]
-        return self._cut(contexts)
+        return tokens_of(self._tokenizer, texts, templated)
 
     def _continuations(self, prompt: Prompt, text: str, context: Tokens) -> tuple[Tokens, ...]:
-        spaces = (prompt.shared + prompt.question)[len(text) :]
+        spaces = prompt.text[len(text) :]
         last_line = text.rfind("\n") + 1
         key = (text[last_line:] if self._may_cut(text, last_line) else text, spaces, *prompt.choices)
         if key not in self._known:
-            wholes = self._cut([text + spaces + DELIMITER + choice for choice in prompt.choices])
+            wholes = tokens_of(self._tokenizer, [text + spaces + DELIMITER + choice for choice in prompt.choices])
             self._known[key] = tuple(whole[len(context) :] for whole in wholes)
         return self._known[key]
 
     def _may_cut(self, text: str, at: int) -> bool:
         here = text[max(0, at - 1) : at + 1]
         return self.cuts_at_lines and re.fullmatch(r"\n[A-Za-z]", here) is not None
-
-    def _cut(self, texts: Sequence[str], special: bool | None = None) -> list[Tokens]:
-        found: dict[int, Tokens] = {}
-        for wanted in (True, False):
-            numbers = [i for i, text in enumerate(texts) if self._special(text, special) is wanted]
-            if numbers:
-                rows = self._tokenizer([texts[i] for i in numbers], add_special_tokens=wanted, verbose=False)
-                found |= {i: tuple(row) for i, row in zip(numbers, rows["input_ids"], strict=True)}
-        return [found[i] for i in range(len(texts))]
-
-    def _special(self, text: str, special: bool | None) -> bool:
-        if special is not None:
-            return special
-        return self._beginning is None or not text.startswith(self._beginning)
 
 
 def _cuts_at_lines(tokenizer: Any) -> bool:

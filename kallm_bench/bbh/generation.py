@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from kallm_bench.bbh import plain
 from kallm_bench.bbh.attention import UnsupportedError
-from kallm_bench.bbh.decoding import Decoder, Grain, check, context_of, grain_of
+from kallm_bench.bbh.decoding import Decoder, Grain, check, grain_of
+from kallm_bench.bbh.encoding import Encoder, Tokens, context_of, tokens_of
 from kallm_bench.bbh.prompts import Prompt
 from kallm_bench.bbh.stops import Ending
 from kallm_bench.errors import BBHError
@@ -115,7 +116,7 @@ def generate(
         return
     progress = _Progress(watch, len(jobs))
     if cut := sum(job.cut_tokens > 0 for job in jobs):
-        progress.tell(f"{cut} prompts cut from the left to fit the context of {context_of(model):,} tokens")
+        progress.tell(f"{cut} prompts cut from the left to fit the context of {context_of(model, tokenizer):,} tokens")
     try:
         check(model, max(len(job.beginning) + len(job.own) + job.ending.most for job in jobs))
     except UnsupportedError as error:
@@ -162,42 +163,40 @@ class _Run:
 
 def _jobs(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt]) -> list[_Job]:
     """The prompts in tokens. A beginning is shared as far as its tokens are the same with and without a question."""
-    context = context_of(model)
+    context = context_of(model, tokenizer)
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     tokens = frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
-    whole = _encode(tokenizer, [prompt.shared + prompt.question for prompt in prompts])
-    texts = list(dict.fromkeys(prompt.shared for prompt in prompts if prompt.shared))
-    beginnings = dict(zip(texts, _encode(tokenizer, texts), strict=True))
     jobs = []
-    for number, (prompt, ids) in enumerate(zip(prompts, whole, strict=True)):
+    for number, (prompt, (ids, beginning)) in enumerate(zip(prompts, _encode(tokenizer, prompts), strict=True)):
         room = context - prompt.max_new_tokens
         if not ids:
             raise BBHError(f"{prompt.task} {prompt.index}: the prompt is empty")
         if prompt.max_new_tokens < 1 or room < 1:
             raise BBHError(
                 f"{prompt.task} {prompt.index}: {prompt.max_new_tokens} new tokens; the model's context has {context}, "
-                f"and the prompt needs one at least"
+                "and the prompt needs one at least; ask for fewer"
             )
         cut = max(0, len(ids) - room)
-        shared = 0 if cut else _agreeing(ids[:-1], beginnings.get(prompt.shared, []))
+        shared = 0 if cut else _agreeing(ids[:-1], beginning)
         shared = shared if shared >= SHORTEST_BEGINNING else 0
         ending = Ending(tokens, tuple(stop for stop in prompt.stops if stop), prompt.max_new_tokens)
-        jobs.append(_Job(number, tuple(ids[cut : cut + shared]), tuple(ids[cut + shared :]), ending, cut))
+        jobs.append(_Job(number, ids[cut : cut + shared], ids[cut + shared :], ending, cut))
     return jobs
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts; what the tokenizer puts before a text is left out where the text has it already."""
-    first = tokenizer.bos_token
-    found: list[list[int]] = [[] for _ in texts]
-    for has_it in (False, True):
-        which = [at for at, text in enumerate(texts) if bool(first and text.startswith(first)) is has_it]
-        if which:
-            ids = tokenizer([texts[at] for at in which], add_special_tokens=not has_it)["input_ids"]
-            for at, each in zip(which, ids, strict=True):
-                found[at] = each
-    return found
+def _encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[tuple[Tokens, Tokens]]:
+    """Prompts in tokens, each with what the beginning that it shares comes to by itself."""
+    encoder = Encoder(tokenizer)
+    alike: dict[tuple[str, bool], list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        alike.setdefault((prompt.shared, prompt.templated), []).append(number)
+    found: dict[int, tuple[Tokens, Tokens]] = {}
+    for (shared, templated), numbers in alike.items():
+        [beginning] = tokens_of(tokenizer, [shared], templated) if shared else [()]
+        cut = encoder.contexts([prompts[number].text for number in numbers], len(shared), templated)
+        found |= {number: (tokens, beginning) for number, tokens in zip(numbers, cut, strict=True)}
+    return [found[number] for number in range(len(prompts))]
 
 
 def _agreeing(ids: Sequence[int], beginning: Sequence[int]) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kallm_bench.bbh.encoding import Encoded, Encoder
+from kallm_bench.bbh.encoding import Encoded, Encoder, context_of
 from kallm_bench.bbh.prompts import Prompt
 from kallm_bench.bbh.tree_forward import Beginning, can_share, loglikelihoods
 from kallm_bench.bbh.trees import Batch, batch_of, batches_of, chains_of, shared_beginning, tree_of
@@ -28,9 +28,6 @@ from kallm_bench.progress import Watch, nobody
 
 SLOTS = {"cpu": 2048, "cuda": 32768}
 """Tokens that go through the model at once, padding included."""
-
-DEFAULT_CONTEXT = 2048
-"""Tokens of context where neither model nor tokenizer says, as in lm-eval."""
 
 
 @dataclass(frozen=True)
@@ -160,22 +157,12 @@ def _too_long(what: str, tokens: int) -> BBHError:
     return BBHError(f"out of memory with {what}, of {tokens} tokens; take a smaller --dtype, or another device")
 
 
-def _context_of(model: PreTrainedModel, tokenizer: Any) -> int:
-    """Tokens the model's context holds, found where lm-eval looks."""
-    config = getattr(model.config, "text_config", None) or model.config
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if (found := getattr(config, name, None)) is not None:
-            return int(found)
-    found = getattr(tokenizer, "model_max_length", None)
-    return int(found) if found is not None and found < 10**18 else DEFAULT_CONTEXT
-
-
 class _Run:
     """One pass over the questions."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], slots: int, watch: Watch):
         self.model, self.prompts, self.watch = model, prompts, watch
-        self.context = _context_of(model, tokenizer)
+        self.context = context_of(model, tokenizer)
         self.encoded = _encoded(tokenizer, prompts)
         self.questions = {number: question for each in self.encoded.values() for number, question in each}
         self.slots = slots
