@@ -55,7 +55,7 @@ def tokens_of(tokenizer: Any, texts: Sequence[str], templated: bool = False) -> 
     """Texts in tokens, with what the tokenizer puts before a text.
 
     Args:
-        templated: whether a chat template made them: then nothing is put before them, nor where it stands there already.
+        templated: whether a chat template made them; then nothing is put before them, nor where it stands already.
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     beginning = None if first is None else tokenizer.decode(first)

@@ -37,10 +37,6 @@ class ChoiceScores:
     Args:
         task, index: which question.
         loglikelihoods: ln p of each choice after the prompt, summed over its tokens, in nats.
-        chosen: number of the likeliest choice for its length, as acc_norm counts: the first one with the greatest
-            log-likelihood / characters of the choice.
-        gold: number of the choice that is right; None where none is, so that the question is always wrong.
-        gold_rank: its place when choices are ordered so, from 1; it is 1 exactly if `chosen` is `gold`.
         forwarded_tokens: what went through the model for this question, padding included. What questions share is
             counted with one of them, so that a sum over all questions is what a run without interruption forwards.
         left_out_tokens: of the longest choice, from the left, because the model's context holds no more.
@@ -49,15 +45,8 @@ class ChoiceScores:
     task: str
     index: int
     loglikelihoods: tuple[float, ...]
-    chosen: int
-    gold: int | None
-    gold_rank: int | None
     forwarded_tokens: int
     left_out_tokens: int = 0
-
-    @property
-    def gold_loglikelihood(self) -> float | None:
-        return None if self.gold is None else self.loglikelihoods[self.gold]
 
 
 @dataclass(frozen=True)
@@ -251,22 +240,11 @@ class _Run:
         return halves
 
     def _scored(self, question: Encoded, found: dict[int, float], forwarded: int) -> ChoiceScores:
-        prompt = question.prompt
         values = tuple(found[choice] for choice in range(len(question.continuations)))
-        order = sorted(range(len(values)), key=lambda choice: (-values[choice] / len(prompt.choices[choice]), choice))
-        gold = prompt.choices.index(prompt.target) if prompt.target in prompt.choices else None
         self.told += 1
         self._tell("")
-        return ChoiceScores(
-            prompt.task,
-            prompt.index,
-            values,
-            order[0],
-            gold,
-            None if gold is None else order.index(gold) + 1,
-            forwarded,
-            _left_out(question, self.context),
-        )
+        left_out = _left_out(question, self.context)
+        return ChoiceScores(question.prompt.task, question.prompt.index, values, forwarded, left_out)
 
     def _tell(self, note: str) -> None:
         self.watch("questions", self.told, self.total, note)
