@@ -226,6 +226,7 @@ def show_records(records: Sequence[RunRecord], as_json: bool, written: Collectio
     for record in records:
         _show_figures(record)
         _show_parts(record)
+        _show_marks(record)
         if record.artifacts:
             out.print(f"Checkpoint: {record.artifacts[0].path.rpartition('/')[0]}")
         out.print(f"Record: {record.id}")
@@ -239,9 +240,23 @@ def _show_figures(record: RunRecord) -> None:
         title=f"{record.stage}: {record.arm}", title_justify="left", title_style="bold", show_header=False
     )
     for metric in record.metrics:
-        if "/" not in metric.name:
-            table.add_row(metric.name, Text(_written(metric), justify="right"), metric.note)
+        if "/" not in metric.name and metric.name not in ENDS:
+            table.add_row(metric.name, Text(_written(record, metric), justify="right"), metric.note)
     out.print(table)
+
+
+ENDS = ("accuracy_low", "accuracy_high")
+"""Figures that are shown as the interval of another."""
+
+
+def _show_marks(record: RunRecord) -> None:
+    """What the marks beside its figures mean."""
+    from kallm_bench.reporting import EXPLAINED, judged
+
+    marks = {judged(record, metric.name)[1] for metric in record.metrics}
+    for mark, text in EXPLAINED.items():
+        if mark in marks:
+            out.print(text, style="dim")
 
 
 def _show_parts(record: RunRecord) -> None:
@@ -249,8 +264,8 @@ def _show_parts(record: RunRecord) -> None:
     parts: dict[str, dict[str, str]] = {}
     for metric in record.metrics:
         name, slash, part = metric.name.partition("/")
-        if slash:
-            parts.setdefault(part, {})[name] = _written(metric)
+        if slash and name not in ENDS:
+            parts.setdefault(part, {})[name] = _written(record, metric)
     if parts:
         names = list(dict.fromkeys(name for figures in parts.values() for name in figures))
         headings = [name.removesuffix("_accuracy") for name in names]
@@ -259,11 +274,13 @@ def _show_parts(record: RunRecord) -> None:
         )
 
 
-def _written(metric: Metric) -> str:
-    from kallm_bench.reporting import written
+def _written(record: RunRecord, metric: Metric) -> str:
+    from kallm_bench.reporting import judged, written
     from kallm_bench.reporting.tables import Figure
 
-    return "not measured" if metric.value is None else written(metric.name, Figure(metric.value))
+    if metric.value is None:
+        return "not measured"
+    return written(metric.name, Figure(metric.value, *judged(record, metric.name)))
 
 
 def show_tables(tables: Sequence[Table]) -> None:

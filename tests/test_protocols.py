@@ -345,8 +345,7 @@ def test_a_record_says_how_replies_were_read(
         assert code == 0, err
         [found[protocol, *reading[1:]]] = json.loads(out)
     settings = {name: record["settings"] for name, record in found.items()}
-    assert "reading" not in settings["chat",]  # as before there were readings: the same key finds its records
-    assert [settings[name]["reading"] for name in (("zeroshot",), ("zeroshot", "lm-eval"))] == ["fixed", "lm-eval"]
+    assert [each["reading"] for each in settings.values()] == ["chat", "fixed", "lm-eval"]
     assert len({record["key"] for record in found.values()}) == 3
     measured = {name: {metric["name"] for metric in record["metrics"]} for name, record in found.items()}
     assert measured["zeroshot",] - measured["chat",] == {"question_accuracy", "question_accuracy_error"}

@@ -151,6 +151,7 @@ def ask(
     known = unfinished.read() if processes.first else {}
     done = {(task, index) for task, index in processes.tell(sorted(known))}
     told = _Told(watch, len(done), len(exam.prompts), sum(sample["correct"] for sample in known.values()))
+    unfinished.append([], processes.number)  # a disk that refuses is known before the work
     way = _likelihoods if exam.protocol.compared else _replies
     found = []
     for sample in way(model, tokenizer, exam, done, batch_size, processes, told):
@@ -218,8 +219,8 @@ def _replies(
     missing = [number for number, prompt in enumerate(exam.prompts) if (prompt.task, prompt.index) not in done]
     mine = processes.share(np.array(missing, dtype=int)).tolist()
     asked = [exam.prompts[number] for number in mine]
-    ways = {"batch_size": batch_size, "batch_invariant": exam.batch_invariant, "watch": watch}
-    for reply in generate(model, tokenizer, asked, **ways):
+    invariant = exam.batch_invariant
+    for reply in generate(model, tokenizer, asked, batch_size=batch_size, batch_invariant=invariant, watch=watch):
         number = mine[reply.number]
         prompt, question = exam.prompts[number], exam.questions.questions[number]
         extracted, right = read_reply(exam.protocol, exam.reading, question, reply.text)
