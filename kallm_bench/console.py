@@ -268,7 +268,7 @@ def _show_parts(record: RunRecord) -> None:
             parts.setdefault(part, {})[name] = _written(record, metric)
     if parts:
         names = list(dict.fromkeys(name for figures in parts.values() for name in figures))
-        headings = [name.removesuffix("_accuracy") for name in names]
+        headings = [name.removesuffix("_accuracy").replace("_", " ") for name in names]
         show_rows(
             ["", *headings], [[part, *(figures.get(name, "") for name in names)] for part, figures in parts.items()]
         )
@@ -452,14 +452,14 @@ def show_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = RichTable()
     for number, heading in enumerate(headings):
         figures = number > 0 and all(_is_figure(row[number]) for row in rows)
-        table.add_column(heading, justify="right" if figures else "left", overflow="fold")
+        table.add_column(heading, justify="right" if figures else "left", overflow="fold", no_wrap=figures)
     for row in rows:
         table.add_row(*row)
     out.print(table)
 
 
 def _is_figure(text: str) -> bool:
-    return not text or text[0].isdigit()
+    return not text or text.removeprefix("-")[:1].isdigit()
 
 
 def say(text: str) -> None:
