@@ -15,6 +15,7 @@ from kallm_bench.bbh.readings import read_reply
 from kallm_bench.bbh.samples import SAMPLE_FIELDS, Unfinished
 from kallm_bench.bbh.stops import Ending
 from kallm_bench.errors import BBHError
+from kallm_bench.training.processes import Processes
 
 TASKS = ("navigate", "object_counting", "tracking_shuffled_objects_three_objects")
 
@@ -114,6 +115,32 @@ def test_a_stopped_evaluation_asks_only_what_is_missing_and_ends_with_the_same(
     assert len(stopped.read()) == 9
     stopped.remove()
     assert list(tmp_path.iterdir()) == [kept.path]
+
+
+class Part(Processes):
+    """One process of two, which hears of nobody but itself."""
+
+    def tell(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+@pytest.mark.parametrize("protocol", ["leaderboard", "fewshot"])
+def test_of_two_processes_each_asks_a_part(
+    lively: Any, bundled_tokenizer: Any, tmp_path: Path, shared_data: Path, protocol: str
+) -> None:
+    exam = exam_of(protocol, None, str(shared_data / "data/bbh"), max_new_tokens=4)
+    second = Unfinished(tmp_path / "second" / "kept.jsonl")
+    assert ask(lively, bundled_tokenizer, exam, second, processes=Part(1, 2)) == []
+    first = Unfinished(tmp_path / "first" / "kept.jsonl")
+    with pytest.raises(KeyError):  # the other's are missing
+        ask(lively, bundled_tokenizer, exam, first, processes=Part(0, 2))
+    parts = [set(unfinished.read()) for unfinished in (first, second)]
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == {(prompt.task, prompt.index) for prompt in exam.prompts}
+    assert min(map(len, parts)) >= 3
 
 
 def test_tokens_forwarded_count_what_is_shared_once(
