@@ -1,4 +1,4 @@
-"""Run by test_scoring.py and benchmark_loglikelihood.py in a process of its own: choices scored by lm-eval.
+"""Run by benchmark_loglikelihood.py in a process of its own: choices scored by lm-eval.
 
 Takes a model's folder, a file that `write` wrote, and the batch size. The last line printed is for `read`.
 """

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import lm_eval_choices
 import pytest
 import torch
 
@@ -17,7 +12,6 @@ from kallm_bench.bbh.encoding import Encoder
 from kallm_bench.bbh.prompts import Prompt, build_prompts
 from kallm_bench.bbh.protocols import PROTOCOLS
 from kallm_bench.bbh.questions import load_questions
-from kallm_bench.bbh.readings import by_likelihood
 from kallm_bench.bbh.scoring import ChoiceScores, count_tokens, score_choices
 from kallm_bench.bbh.trees import branches_of
 from kallm_bench.errors import BBHError
@@ -277,32 +271,3 @@ def test_the_counter_counts_what_the_model_sees(
     alone, both = seen[0], seen[0] + sum(seen[1:2])  # the batch that is tried both ways
     assert alone < both < 200
     assert count_tokens(bundled_tokenizer, make_prompts(), 2048, slots=100).total == sum(seen[2:])
-
-
-@pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval")
-@pytest.mark.parametrize("source", ["tiny", "bundled"])
-def test_lm_eval_gives_the_same(
-    source: str, llama: Any, bundled: Any, bundled_tokenizer: Any, shared_data: Path, tmp_path: Path
-) -> None:
-    """lm-eval's hf backend as it is, on real questions; and acc_norm agrees wherever its margin exceeds rounding."""
-    model = llama if source == "tiny" else bundled[0]
-    limit, tasks = (1, ()) if source == "tiny" else (2, ("boolean_expressions", "navigate", "snarks"))
-    prompts = leaderboard(shared_data, limit, tasks)
-    model.save_pretrained(tmp_path / "model")
-    bundled_tokenizer.save_pretrained(tmp_path / "model")
-    lm_eval_choices.write(tmp_path / "asked.json", prompts)
-    program = [sys.executable, lm_eval_choices.__file__, str(tmp_path / "model"), str(tmp_path / "asked.json"), "4"]
-    own = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(program, env=os.environ | own, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stderr[-2000:]
-    expected = lm_eval_choices.read(done.stdout, prompts)
-    scores = by_question(score_choices(model, bundled_tokenizer, prompts))
-    assert_equal(scores, expected.loglikelihoods)
-    for prompt in prompts:
-        values = expected.loglikelihoods[prompt.task, prompt.index]
-        normed = sorted(value / len(text) for value, text in zip(values, prompt.choices, strict=True))
-        if normed[-1] - normed[-2] > 1e-4:
-            ours = scores[prompt.task, prompt.index].loglikelihoods
-            chosen = by_likelihood(prompt.choices, ours)[0]
-            assert values[chosen] / len(prompt.choices[chosen]) == normed[-1]
