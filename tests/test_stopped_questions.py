@@ -18,52 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from conftest import Launch
-from transformers import PreTrainedTokenizerFast
+from small_questions import QUESTIONS, make_small
 
 from kallm_bench.bbh.decoding import Decoder
 from kallm_bench.bbh.evaluate import EvalSettings, ask, prepare
-from kallm_bench.bbh.procedural import procedural_questions
 from kallm_bench.bbh.samples import Unfinished
-from kallm_bench.bbh.tasks import TASKS
 from kallm_bench.engine.questions import stage_of
 from kallm_bench.filing import Bench, find_ref
-from kallm_bench.models import load_model, load_tokenizer, save_checkpoint
+from kallm_bench.models import load_model, load_tokenizer
 from kallm_bench.records import ResultsStore
 
-QUESTIONS = {"navigate": 9, "object_counting": 5, "web_of_lies": 7}
 POINTS = 10
 """Moments that one test kills at."""
-
-
-def write_questions(folder: Path) -> None:
-    """A checkout of the repository with a few questions of three tasks, and three worked ones of each."""
-    (folder / "bbh").mkdir(parents=True)
-    (folder / "cot-prompts").mkdir()
-    for task, count in QUESTIONS.items():
-        questions = procedural_questions(task, count + 3, seed=5)
-        examples = [{"input": each.text, "target": each.target} for each in questions[3:]]
-        (folder / "bbh" / f"{task}.json").write_text(json.dumps({"examples": examples}))
-        worked = "".join(
-            f"\n\nQ: {each.text}\nA: Let's think step by step.\nIt is so.\nSo the answer is {each.target}."
-            for each in questions[:3]
-        )
-        (folder / "cot-prompts" / f"{task}.txt").write_text(f"Do not train.\n-----\n{TASKS[task].description}{worked}")
-
-
-def make_tokenizer(texts: list[str], words: int = 400) -> Any:
-    """Of so few words that loading it, and a model's head, cost next to nothing."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=words, special_tokens=["<|end|>"], initial_alphabet=letters, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
 
 
 @dataclass(frozen=True)
@@ -96,13 +64,7 @@ class Asking:
 @pytest.fixture(scope="session")
 def asking(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Asking:
     folder = tmp_path_factory.mktemp("asking")
-    write_questions(folder / "data")
-    tokenizer = make_tokenizer([path.read_text() for path in (folder / "data").glob("*/*")])
-    model = tiny_llama(num_hidden_layers=2, max_position_embeddings=2048, vocab_size=len(tokenizer))
-    with torch.no_grad():
-        for value in model.parameters():
-            value.mul_(4)  # so that replies differ
-    save_checkpoint(folder / "model", model, tokenizer)
+    make_small(tiny_llama, folder)
     return Asking(folder)
 
 

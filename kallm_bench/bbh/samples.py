@@ -84,9 +84,11 @@ class Unfinished:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
 
-    def remove(self) -> None:
+    def remove(self, only_empty: bool = False) -> None:
+        """Removes the files, or those without a sample."""
         for path in self._files():
-            path.unlink(missing_ok=True)
+            if not only_empty or path.stat().st_size == 0:
+                path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         others = self.path.parent.glob(f"{self.path.stem}.*{self.path.suffix}")

@@ -12,7 +12,7 @@ from typing import Any
 from kallm_bench.bbh.evaluate import EvalSettings, Exam, ask, figures, prepare
 from kallm_bench.bbh.samples import Unfinished
 from kallm_bench.engine.checkpoints import describe_checkpoint
-from kallm_bench.errors import BBHError
+from kallm_bench.errors import BBHError, KallmError
 from kallm_bench.files import write_file
 from kallm_bench.filing import Bench, ModelRef, Stage
 from kallm_bench.models import load_model, load_tokenizer
@@ -55,10 +55,12 @@ def _ask(bench: Bench, ref: ModelRef, stage: Stage, exam: Exam, tokenizer: Any) 
     processes = bench.processes
     model, _ = load_model(ref.open(), bench.dtype, bench.device)
     unfinished = Unfinished(bench.runs / "unfinished" / f"{stage.key}.jsonl")
-    samples = ask(
-        model, tokenizer, exam, unfinished,
-        batch_size=bench.batch_size or AT_ONCE.get(bench.device.type, 16), processes=processes, watch=bench.watch,
-    )  # fmt: skip
+    size = bench.batch_size or AT_ONCE.get(bench.device.type, 16)
+    try:
+        samples = ask(model, tokenizer, exam, unfinished, batch_size=size, processes=processes, watch=bench.watch)
+    except KallmError:
+        unfinished.remove(only_empty=True)
+        raise
     if not processes.first:
         return None
     metrics = figures(samples, exam.questions, exam.protocol, exam.reading)

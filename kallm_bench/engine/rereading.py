@@ -35,8 +35,8 @@ def rescore(store: ResultsStore, wanted: str, reading: str | None = None, source
     if not samples:
         raise BBHError(f"{store.samples_path(record)} is missing or damaged, and there is nothing else to read")
     settings, protocol = record.settings, find_protocol(record.settings["protocol"])
-    asked_for = protocol.find_reading(settings.get("reading"))
-    reading = protocol.find_reading(reading or asked_for)
+    now = protocol.find_reading(settings.get("reading"))
+    asked_for, reading = settings.get("asked_for", now), protocol.find_reading(reading or now)
     source = source or ("procedural" if record.data.get("source") == "procedural" else None)
     seed = settings.get("questions_seed", 0)
     everything = load_questions(source, settings["tasks"], settings.get("limit"), seed, protocol.tasks)
@@ -45,10 +45,10 @@ def rescore(store: ResultsStore, wanted: str, reading: str | None = None, source
     whole = [dict.fromkeys(SAMPLE_FIELDS) | {"left_out_tokens": 0, "loglikelihoods": []} | each for each in samples]
     found = reread(whole, everything, protocol, reading, asked_for)
     metrics = tuple(figures(found, answerable(everything, protocol, reading), protocol, reading))
-    if found == whole and all(record.value(metric.name) == metric.value for metric in metrics):
+    if reading == now and found == whole and all(record.value(each.name) == each.value for each in metrics):
         return record
     started = datetime.now(UTC)
-    settings = settings | {"reading": reading, "rescored": record.key}
+    settings = settings | {"reading": reading, "asked_for": asked_for, "rescored": record.key}
     key = settings_key("eval-bbh", CODE["eval-bbh"], settings, [record.key])
     if (known := store.find(key, record.testbed, record.suite, record.arm)) and known.metrics == metrics:
         return known
