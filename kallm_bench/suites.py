@@ -44,6 +44,7 @@ class Cell:
         spec: None for an arm with nothing replaced.
         match: the spec of the arm that `spec` shall have as many parameters as; None where it stands by itself.
         stages: which of STAGES are run.
+        after: the cell whose retrofitted and trained model this one starts from, if not from the suite's own.
         cut: what is left of the model before anything else is done, if not all.
     """
 
@@ -60,6 +61,7 @@ class Cell:
     distillation: DistillationSettings
     eval: EvalSettings
     profile: ProfileSettings
+    after: Cell | None = None
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,17 @@ def _problems(tables: Any, where: str) -> tuple[KernelProblem, ...]:
     )
 
 
-def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path) -> Cell:
+def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path, later: tuple[str, ...] = ()) -> Cell:
+    """The cell of an arm; `later` names those that start after it."""
     here = f"{path}, arm '{arm['name']}'"
     spec_fields = {entry.name for entry in dataclasses.fields(KANSpec)} - {"seed"}
-    _refuse_unknown(arm, {"name", *spec_fields, *SECTIONS}, here)
+    _refuse_unknown(arm, {"name", "after", *spec_fields, *SECTIONS}, here)
+    after = None
+    if "after" in arm:
+        others = {each["name"]: each for each in suite["arm"] if each["name"] not in (*later, arm["name"])}
+        if arm["after"] not in others:
+            raise SuiteError(f"{here}: {unknown('arm to start after', str(arm['after']), others)}")
+        after = _cell(others[arm["after"]], seed, suite, path, (*later, arm["name"]))
     for name in SECTIONS:
         _check_like(arm, name, {}, here)
     spec = match = None
@@ -206,7 +215,9 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path) -> 
         text, data=_beside(path, text.data), heldout=text.heldout and _beside(path, text.heldout)
     )
     stages = tuple(suite.get("stages", STAGES))
-    return Cell(arm["name"], seed, _beside(path, suite.get("model", "bundled")), spec, match, stages, **settings)
+    return Cell(
+        arm["name"], seed, _beside(path, suite.get("model", "bundled")), spec, match, stages, **settings, after=after
+    )
 
 
 def _spec(arm: dict[str, Any], seed: int, suite: dict[str, Any], here: str) -> KANSpec:
