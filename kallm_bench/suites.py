@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kallm_bench.bbh.evaluate import EvalSettings
 from kallm_bench.errors import SuiteError, unknown
 from kallm_bench.models import CalibrationSettings, CutSettings, KANSpec
-from kallm_bench.profiling import KernelProblem, KernelSettings, ProfileSettings, problems_by_hand
+from kallm_bench.profiling import DTYPES, KernelProblem, KernelSettings, ProfileSettings, problems_by_hand
 from kallm_bench.training import CurriculumSettings, DistillationSettings, TrainSettings
 
 SECTIONS: dict[str, type] = {
@@ -45,6 +45,7 @@ class Cell:
         match: the spec of the arm that `spec` shall have as many parameters as; None where it stands by itself.
         stages: which of STAGES are run.
         after: the cell whose retrofitted and trained model this one starts from, if not from the suite's own.
+        dtype: that it computes in, a key of DTYPES; "" for what the command says.
         cut: what is left of the model before anything else is done, if not all.
     """
 
@@ -62,6 +63,7 @@ class Cell:
     eval: EvalSettings
     profile: ProfileSettings
     after: Cell | None = None
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ def read_suite(path: Path, only: Iterable[str] = (), seeds: Iterable[int] | None
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: {error}") from error
-    _refuse_unknown(data, {"description", "model", "seeds", "stages", "arm", "kernels", *SECTIONS}, str(path))
-    top: dict[str, Any] = {"description": "", "model": "", "seeds": [0], "stages": ["train"], "arm": [{}]}
+    _refuse_unknown(data, {"description", "model", "dtype", "seeds", "stages", "arm", "kernels", *SECTIONS}, str(path))
+    top: dict[str, Any] = {"description": "", "model": "", "dtype": "", "seeds": [0], "stages": ["train"], "arm": [{}]}
     for key, like in (top | {section: {} for section in SECTIONS}).items():
         _check_like(data, key, like, str(path))
     arms = data.get("arm", [])
@@ -183,7 +185,10 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path, lat
     """The cell of an arm; `later` names those that start after it."""
     here = f"{path}, arm '{arm['name']}'"
     spec_fields = {entry.name for entry in dataclasses.fields(KANSpec)} - {"seed"}
-    _refuse_unknown(arm, {"name", "after", *spec_fields, *SECTIONS}, here)
+    _refuse_unknown(arm, {"name", "after", "dtype", *spec_fields, *SECTIONS}, here)
+    dtype = arm.get("dtype", suite.get("dtype", ""))
+    if dtype and dtype not in DTYPES:
+        raise SuiteError(f"{here}: {unknown('dtype', str(dtype), DTYPES)}")
     after = None
     if "after" in arm:
         others = {each["name"]: each for each in suite["arm"] if each["name"] not in (*later, arm["name"])}
@@ -216,7 +221,15 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path, lat
     )
     stages = tuple(suite.get("stages", STAGES))
     return Cell(
-        arm["name"], seed, _beside(path, suite.get("model", "bundled")), spec, match, stages, **settings, after=after
+        arm["name"],
+        seed,
+        _beside(path, suite.get("model", "bundled")),
+        spec,
+        match,
+        stages,
+        **settings,
+        after=after,
+        dtype=dtype,
     )
 
 

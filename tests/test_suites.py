@@ -97,6 +97,8 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('seeds = []\n[[arm]]\nname = "a"\n', "at least one"),
         ('seeds = [1, 1]\n[[arm]]\nname = "a"\n', "stands twice"),
         ('[[arm]]\nname = "a"\nblocks = "1"\n', "has blocks but no basis"),
+        ('dtype = "fp16"\n[[arm]]\nname = "a"\n', "no dtype 'fp16'"),
+        ('dtype = 16\n[[arm]]\nname = "a"\n', "dtype should be like"),
         ('[[arm]]\nname = "one"\n[[arm]]\nname = "b"\nafter = "ones"\n', "Did you mean 'one'"),
         ('[[arm]]\nname = "a"\nafter = "b"\n[[arm]]\nname = "b"\nafter = "a"\n', "no arm to start after 'a'"),
         ("kernels = 3\n", r"kernels should be tables, \[\[kernels\]\]"),
@@ -262,6 +264,26 @@ def test_an_arm_goes_on_from_where_another_one_ended(bench: Bench, tmp_path: Pat
     for before, after in ((kan, swapped), (swapped, longer)):
         assert after.value("heldout_loss_before") == pytest.approx(before.value("heldout_loss"), abs=1e-4)
     assert len({record.value("heldout_loss") for record in (kan, swapped, longer)}) == 3
+
+
+def test_arms_compute_in_the_dtypes_they_name(bench: Bench, tmp_path: Path) -> None:
+    plain = TAUGHT[: TAUGHT.index('[[arm]]\nname = "kan+curriculum"')]
+    (tmp_path / "dtypes.toml").write_text(f'{plain}[[arm]]\nname = "half"\n{KAN[8:]}dtype = "bfloat16"\n')
+    suite = read_suite(tmp_path / "dtypes.toml")
+    assert [cell.dtype for cell in suite.cells] == ["", "bfloat16"]
+    ran = engine.run_suite(bench, suite)
+    assert not ran.failures
+    trained = [record for record in ran.records if record.stage == "train"]
+    assert [record.settings["dtype"] for record in trained] == ["float32", "bfloat16"]
+    assert [forecast.trouble for forecast in engine.foresee_suite(bench, suite)] == ["", ""]
+    over = [cell.dtype for cell in read_suite(_said(tmp_path, "float16"), only=["kan"]).cells]
+    assert over == ["float16"]
+
+
+def _said(folder: Path, dtype: str) -> Path:
+    path = folder / "said.toml"
+    path.write_text(f'dtype = "{dtype}"\n{TAUGHT}')
+    return path
 
 
 @pytest.mark.parametrize(

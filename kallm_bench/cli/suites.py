@@ -51,6 +51,8 @@ def run(
 
     arms = read_names(only, "--only") if only else []
     read = read_suite(find_suite(suite), arms, read_numbers(seeds) if seeds else None)
+    if dtype != "auto" and any(cell.dtype for cell in read.cells):
+        raise typer.BadParameter("this suite says itself what its arms compute in", param_hint="--dtype")
     if dry_run:
         bench = make_bench(results, console.Display(silent=True), device, dtype, batch_size, dry=True)
         console.show_cells(engine.foresee_suite(bench, read), Room.of(bench.device, bench.runs), as_json)
