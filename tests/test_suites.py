@@ -56,6 +56,28 @@ def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) 
     assert [cell.seed for cell in read_suite(path, only=["kan"], seeds=[7]).cells] == [7]
 
 
+def test_model_and_data_are_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "suites").mkdir()
+    path = tmp_path / "suites" / "try.toml"
+    path.write_text(
+        'model = "./model"\n[train]\ndata = "./a.jsonl"\nheldout = "./b.jsonl"\ntokens = 99999\n'
+        '[calibration]\nheldout = "./b.jsonl"\n[[arm]]\nname = "one"\n[[arm]]\nname = "own"\ntrain.data = "./c.jsonl"\n'
+    )
+    own = read_suite(path).cells[0]
+    assert (own.model, own.train.data, own.train.heldout) == tuple(
+        str(tmp_path / "suites" / name) for name in ("model", "a.jsonl", "b.jsonl")
+    )
+    one, other = read_suite(path, model="some/model", data="./x.jsonl", heldout="some/data").cells
+    assert one.model == "some/model"
+    assert (one.train.data, one.train.heldout, one.train.tokens) == (str(tmp_path / "x.jsonl"), "some/data", 99999)
+    assert (one.calibration.data, one.calibration.heldout) == (str(tmp_path / "x.jsonl"), "some/data")
+    assert other.train.data == str(tmp_path / "suites" / "c.jsonl")
+    assert read_suite(path, data="some/data").cells[0].train.heldout is None
+    with pytest.raises(SuiteError, match="pass --data too"):
+        read_suite(path, heldout="some/data")
+
+
 KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
 
 
