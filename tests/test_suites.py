@@ -56,6 +56,28 @@ def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) 
     assert [cell.seed for cell in read_suite(path, only=["kan"], seeds=[7]).cells] == [7]
 
 
+def test_model_and_data_are_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "suites").mkdir()
+    path = tmp_path / "suites" / "try.toml"
+    path.write_text(
+        'model = "./model"\n[train]\ndata = "./a.jsonl"\nheldout = "./b.jsonl"\ntokens = 99999\n'
+        '[calibration]\nheldout = "./b.jsonl"\n[[arm]]\nname = "one"\n[[arm]]\nname = "own"\ntrain.data = "./c.jsonl"\n'
+    )
+    own = read_suite(path).cells[0]
+    assert (own.model, own.train.data, own.train.heldout) == tuple(
+        str(tmp_path / "suites" / name) for name in ("model", "a.jsonl", "b.jsonl")
+    )
+    one, other = read_suite(path, model="some/model", data="./x.jsonl", heldout="some/data").cells
+    assert one.model == "some/model"
+    assert (one.train.data, one.train.heldout, one.train.tokens) == (str(tmp_path / "x.jsonl"), "some/data", 99999)
+    assert (one.calibration.data, one.calibration.heldout) == (str(tmp_path / "x.jsonl"), "some/data")
+    assert other.train.data == str(tmp_path / "suites" / "c.jsonl")
+    assert read_suite(path, data="some/data").cells[0].train.heldout is None
+    with pytest.raises(SuiteError, match="pass --data too"):
+        read_suite(path, heldout="some/data")
+
+
 KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
 
 
@@ -97,6 +119,8 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('seeds = []\n[[arm]]\nname = "a"\n', "at least one"),
         ('seeds = [1, 1]\n[[arm]]\nname = "a"\n', "stands twice"),
         ('[[arm]]\nname = "a"\nblocks = "1"\n', "has blocks but no basis"),
+        ('dtype = "fp16"\n[[arm]]\nname = "a"\n', "no dtype 'fp16'"),
+        ('dtype = 16\n[[arm]]\nname = "a"\n', "dtype should be like"),
         ('[[arm]]\nname = "one"\n[[arm]]\nname = "b"\nafter = "ones"\n', "Did you mean 'one'"),
         ('[[arm]]\nname = "a"\nafter = "b"\n[[arm]]\nname = "b"\nafter = "a"\n', "no arm to start after 'a'"),
         ("kernels = 3\n", r"kernels should be tables, \[\[kernels\]\]"),
@@ -262,6 +286,26 @@ def test_an_arm_goes_on_from_where_another_one_ended(bench: Bench, tmp_path: Pat
     for before, after in ((kan, swapped), (swapped, longer)):
         assert after.value("heldout_loss_before") == pytest.approx(before.value("heldout_loss"), abs=1e-4)
     assert len({record.value("heldout_loss") for record in (kan, swapped, longer)}) == 3
+
+
+def test_arms_compute_in_the_dtypes_they_name(bench: Bench, tmp_path: Path) -> None:
+    plain = TAUGHT[: TAUGHT.index('[[arm]]\nname = "kan+curriculum"')]
+    (tmp_path / "dtypes.toml").write_text(f'{plain}[[arm]]\nname = "half"\n{KAN[8:]}dtype = "bfloat16"\n')
+    suite = read_suite(tmp_path / "dtypes.toml")
+    assert [cell.dtype for cell in suite.cells] == ["", "bfloat16"]
+    ran = engine.run_suite(bench, suite)
+    assert not ran.failures
+    trained = [record for record in ran.records if record.stage == "train"]
+    assert [record.settings["dtype"] for record in trained] == ["float32", "bfloat16"]
+    assert [forecast.trouble for forecast in engine.foresee_suite(bench, suite)] == ["", ""]
+    over = [cell.dtype for cell in read_suite(_said(tmp_path, "float16"), only=["kan"]).cells]
+    assert over == ["float16"]
+
+
+def _said(folder: Path, dtype: str) -> Path:
+    path = folder / "said.toml"
+    path.write_text(f'dtype = "{dtype}"\n{TAUGHT}')
+    return path
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from kallm_bench.models import (
     skeleton_of,
     specs_of,
 )
+from kallm_bench.profiling import find_dtype
 from kallm_bench.records import RunRecord
 from kallm_bench.suites import Cell
 from kallm_bench.training import check_scope, find_texts, make_curriculum, tokenizer_fingerprint
@@ -40,7 +41,7 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     The weights between retrofit and training may be gone once training is done; trained weights that are gone are
     trained again.
     """
-    bench = dataclasses.replace(bench, arm=cell.arm, seed=cell.seed)
+    bench = bench_of(bench, cell)
     records, ref, _ = _learned(bench, cell, begin)
     if "eval-bbh" in cell.stages:
         begin(part_of(cell, "eval-bbh"))
@@ -51,6 +52,12 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     return records
 
 
+def bench_of(bench: Bench, cell: Cell) -> Bench:
+    """Where a cell is run: the suite's place, in its own dtype if it has one."""
+    dtype = find_dtype(cell.dtype, bench.device) if cell.dtype else bench.dtype
+    return dataclasses.replace(bench, arm=cell.arm, seed=cell.seed, dtype=dtype)
+
+
 def _learned(
     bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None
 ) -> tuple[list[RunRecord], ModelRef, ModelRef]:
@@ -58,7 +65,7 @@ def _learned(
     records: list[RunRecord] = []
     begin(part_of(cell, "retrofit"))
     if cell.after:
-        _, ref, untouched = _learned(dataclasses.replace(bench, arm=cell.after.arm), cell.after)
+        _, ref, untouched = _learned(bench_of(bench, cell.after), cell.after)
     else:
         ref = find_ref(cell.model)
         untouched = ref = _cut_ref(bench, ref, cell.cut) if cell.cut.cuts else ref

@@ -1,7 +1,7 @@
 """What a model costs on the machine at hand."""
 
 from kallm_bench.profiling.flops import flops_per_token
-from kallm_bench.profiling.hardware import environment, find_device, find_dtype, identity
+from kallm_bench.profiling.hardware import DTYPES, environment, find_device, find_dtype, identity
 from kallm_bench.profiling.kernels import measure_kernels
 from kallm_bench.profiling.memory import peak_memory
 from kallm_bench.profiling.problems import KernelProblem, KernelSettings, problems_by_hand
@@ -11,6 +11,7 @@ from kallm_bench.profiling.throughput import ProfileSettings, measure_inference
 from kallm_bench.profiling.training_step import measure_training
 
 __all__ = [
+    "DTYPES",
     "KernelProblem",
     "KernelSettings",
     "ProfileSettings",
