@@ -260,7 +260,7 @@ eval.batch_invariant = true
 
 def test_a_suite_asks_by_any_protocol(home: Path, kallm: Run) -> None:
     (home / "asked.toml").write_text(SUITE)
-    code, out, err = kallm("run", "asked.toml")
+    code, _, err = kallm("run", "asked.toml")
     assert code == 0, err
     found = {record.arm: record for record in ResultsStore(home / "results").records()}
     assert found["likelihoods"].settings["protocol"] == "leaderboard"
