@@ -475,7 +475,8 @@ def show_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = RichTable()
     for number, heading in enumerate(headings):
         figures = number > 0 and all(_is_figure(row[number]) for row in rows)
-        table.add_column(heading, justify="right" if figures else "left", overflow="fold", no_wrap=figures)
+        widest = max((len(row[number]) for row in rows), default=0) if figures else None  # a figure is never broken
+        table.add_column(heading, justify="right" if figures else "left", overflow="fold", min_width=widest)
     for row in rows:
         table.add_row(*row)
     out.print(table)

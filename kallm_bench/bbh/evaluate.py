@@ -150,10 +150,10 @@ def ask(
     """
     known = unfinished.read() if processes.first else {}
     done = {(task, index) for task, index in processes.tell(sorted(known))}
-    told = _Told(watch, len(done), len(exam.prompts), sum(sample["correct"] for sample in known.values()))
     way = _likelihoods if exam.protocol.compared else _replies
     found = []
     with unfinished.writing(processes.number) as keep:
+        told = _Told(watch, len(done), len(exam.prompts), sum(sample["correct"] for sample in known.values()))
         for sample in way(model, tokenizer, exam, done, batch_size, processes, told):
             keep(sample)
             told.add(sample)
