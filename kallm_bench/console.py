@@ -46,6 +46,9 @@ NOTES = 4
 MAIN_WORKS = ("training", "questions", "contenders")
 """Of what a part of a plan consists of, the works that take its time."""
 
+SMALL = {"s": "ms", "J/token": "mJ/token"}
+"""Units of figures that may be small, and those that they are then shown in."""
+
 SKIPPED_SECONDS = 3.0
 """A part that is over sooner was done by an earlier run."""
 
@@ -235,8 +238,9 @@ def show_records(records: Sequence[RunRecord], as_json: bool, written: Collectio
 
 def _show_figures(record: RunRecord) -> None:
     """The figures of the whole: one a line, with what a reader should know beside it."""
+    at = ", {batch} x {length}".format_map(record.settings) if {"batch", "length"} <= set(record.settings) else ""
     table = RichTable(
-        title=f"{record.stage}: {record.arm}", title_justify="left", title_style="bold", show_header=False
+        title=f"{record.stage}: {record.arm}{at}", title_justify="left", title_style="bold", show_header=False
     )
     for metric in record.metrics:
         if "/" not in metric.name:
@@ -245,25 +249,38 @@ def _show_figures(record: RunRecord) -> None:
 
 
 def _show_parts(record: RunRecord) -> None:
-    """The figures of parts, "accuracy/snarks": a line a part, a column a metric."""
-    parts: dict[str, dict[str, str]] = {}
+    """The figures of parts, "accuracy/snarks": a line a part, a column a metric; a table for parts with the same ones.
+
+    What a reader should know beside a number stands in the last column, once where it holds for several.
+    """
+    parts: dict[str, dict[str, Metric]] = {}
     for metric in record.metrics:
         name, slash, part = metric.name.partition("/")
         if slash:
-            parts.setdefault(part, {})[name] = _written(metric)
-    if parts:
-        names = list(dict.fromkeys(name for figures in parts.values() for name in figures))
-        headings = [name.removesuffix("_accuracy") for name in names]
-        show_rows(
-            ["", *headings], [[part, *(figures.get(name, "") for name in names)] for part, figures in parts.items()]
-        )
+            parts.setdefault(part, {})[name] = metric
+    tables: dict[tuple[str, ...], list[str]] = {}
+    for part, figures in parts.items():
+        tables.setdefault(tuple(figures), []).append(part)
+    for names, alike in tables.items():
+        headings = ["", *(name.removesuffix("_accuracy") for name in names)]
+        rows = [[part, *(_written(parts[part][name]) for name in names)] for part in alike]
+        notes = ["; ".join(dict.fromkeys(each.note for each in parts[part].values() if each.note)) for part in alike]
+        if any(notes):
+            headings, rows = [*headings, ""], [[*row, note] for row, note in zip(rows, notes, strict=True)]
+        _show_grid("", [headings, *rows])
 
 
 def _written(metric: Metric) -> str:
+    from kallm_bench.records import kind_of
     from kallm_bench.reporting import written
     from kallm_bench.reporting.tables import Figure
 
-    return "not measured" if metric.value is None else written(metric.name, Figure(metric.value))
+    if metric.value is None:
+        return "not measured"
+    unit = kind_of(metric.name).unit
+    if unit in SMALL and abs(metric.value) < 1:
+        return f"{1000 * metric.value:,.3g} {SMALL[unit]}"
+    return written(metric.name, Figure(metric.value))
 
 
 def show_tables(tables: Sequence[Table]) -> None:
