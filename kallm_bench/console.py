@@ -237,21 +237,29 @@ def show_records(records: Sequence[RunRecord], as_json: bool, written: Collectio
 
 
 def _show_figures(record: RunRecord) -> None:
-    """The figures of the whole: one a line, with what a reader should know beside it."""
+    """The figures of the whole: one a line, with what a reader should know beside it; below, what there is none of."""
     at = ", {batch} x {length}".format_map(record.settings) if {"batch", "length"} <= set(record.settings) else ""
     table = RichTable(
         title=f"{record.stage}: {record.arm}{at}", title_justify="left", title_style="bold", show_header=False
     )
+    missing: dict[str, list[str]] = {}
     for metric in record.metrics:
-        if "/" not in metric.name:
+        if "/" in metric.name:
+            continue
+        if metric.value is None:
+            missing.setdefault(metric.note or "no reason is known", []).append(metric.name)
+        else:
             table.add_row(metric.name, Text(_written(metric), justify="right"), metric.note)
     out.print(table)
+    for reason, names in missing.items():
+        out.print(f"· not measured: {', '.join(names)}: {reason}", style="dim")
 
 
 def _show_parts(record: RunRecord) -> None:
     """The figures of parts, "accuracy/snarks": a line a part, a column a metric; a table for parts with the same ones.
 
-    What a reader should know beside a number stands in the last column, once where it holds for several.
+    Beside a number stands the spread of its samples where it is wide, and below the table what else there is to know.
+    What could not be measured of any of them is left out.
     """
     parts: dict[str, dict[str, Metric]] = {}
     for metric in record.metrics:
@@ -262,12 +270,21 @@ def _show_parts(record: RunRecord) -> None:
     for part, figures in parts.items():
         tables.setdefault(tuple(figures), []).append(part)
     for names, alike in tables.items():
-        headings = ["", *(name.removesuffix("_accuracy") for name in names)]
-        rows = [[part, *(_written(parts[part][name]) for name in names)] for part in alike]
-        notes = ["; ".join(dict.fromkeys(each.note for each in parts[part].values() if each.note)) for part in alike]
-        if any(notes):
-            headings, rows = [*headings, ""], [[*row, note] for row, note in zip(rows, notes, strict=True)]
-        _show_grid("", [headings, *rows])
+        measured = [name for name in names if any(parts[part][name].value is not None for part in alike)]
+        if not measured:
+            continue
+        headings = ["", *(name.removesuffix("_accuracy") for name in measured)]
+        _show_grid("", [headings, *([part, *(_beside(parts[part][name]) for name in measured)] for part in alike)])
+        for part in alike:
+            told = (word for name in measured for word in parts[part][name].note.split("; "))
+            if other := [word for word in dict.fromkeys(told) if word and not word.startswith("spread ")]:
+                out.print(f"· {part}: {'; '.join(other)}", style="dim")
+
+
+def _beside(metric: Metric) -> str:
+    """A figure and, where that was told of it, the spread of its samples."""
+    spread, _, _ = metric.note.partition("; ")
+    return _written(metric) + (f" ({spread})" if spread.startswith("spread ") else "")
 
 
 def _written(metric: Metric) -> str:
@@ -298,10 +315,10 @@ def show_tables(tables: Sequence[Table]) -> None:
 
 
 def _show_grid(title: str, cells: Sequence[Sequence[str]]) -> None:
-    shown = _grid(title, cells)
-    if shown.__rich_measure__(out, out.options.update(max_width=10_000)).maximum > out.width:
-        shown = _grid(title, [list(column) for column in zip(*cells, strict=True)])
-    out.print(shown)
+    wide = out.options.update(max_width=10_000)
+    shown, turned = _grid(title, cells), _grid(title, [list(column) for column in zip(*cells, strict=True)])
+    widths = [table.__rich_measure__(out, wide).maximum for table in (shown, turned)]
+    out.print(turned if out.width < widths[0] > widths[1] else shown)
 
 
 def _grid(title: str, cells: Sequence[Sequence[str]]) -> RichTable:

@@ -113,12 +113,12 @@ def _measure(bench: Bench, refs: Sequence[ModelRef], settings: ProfileSettings) 
         [*_sizes(model, settings), timed, *peak] for model, timed, peak in zip(models, seconds, peaks, strict=True)
     ]
     _extend(found, measure_inference(models, settings, rig))
-    _extend(found, [measure_parts(model, settings, rig) for model in models])
+    _extend(found, measure_parts(models, settings, rig))
     if settings.steps:
         models, steps = _measure_steps(sources, models, bench, settings, rig)
         _extend(found, steps)
     if len(models) > 1 and bench.device.type == "cpu":
-        found = [[_of_all(metric) for metric in metrics] for metrics in found]
+        found = [[_unless_of_all(metric) for metric in metrics] for metrics in found]
     return [Profiled(model, metrics) for model, metrics in zip(models, found, strict=True)]
 
 
@@ -180,11 +180,11 @@ def _extend(found: Sequence[list[Metric]], more: Sequence[Sequence[Metric]]) -> 
         mine.extend(metrics)
 
 
-def _of_all(metric: Metric) -> Metric:
-    """A peak of the process, said to be one of all its models."""
+def _unless_of_all(metric: Metric) -> Metric:
+    """A metric that is not the peak of a process with several models, which would be the peak of neither."""
     if not metric.name.startswith("peak_resident_bytes"):
         return metric
-    return dataclasses.replace(metric, note="; ".join(filter(None, [metric.note, "of both models together"])))
+    return Metric(metric.name, None, n=0, note="two models are in this process; profile each by itself")
 
 
 def profile_kernels(bench: Bench, problem: KernelProblem, *, again: bool = False) -> RunRecord:

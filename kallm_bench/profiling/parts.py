@@ -11,7 +11,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ from kallm_bench.models import specs_of
 from kallm_bench.models.anatomy import Anatomy
 from kallm_bench.models.modeling import original_class
 from kallm_bench.profiling.flops import product_weights
-from kallm_bench.profiling.rig import Rig
+from kallm_bench.profiling.memory import suppressed_lack
+from kallm_bench.profiling.rig import Measured, Rig, Work
 from kallm_bench.profiling.settings import ProfileSettings
 from kallm_bench.profiling.throughput import Decode, Prefill, new_tokens, random_tokens, too_long
 from kallm_bench.records import Metric
@@ -63,39 +65,65 @@ def parts_of(model: PreTrainedModel) -> list[Part]:
     return [*parts, Part("head", (model.get_output_embeddings(),))]
 
 
-def measure_parts(model: PreTrainedModel, settings: ProfileSettings, rig: Rig) -> list[Metric]:
-    """Parameters, FLOP and time of each part, in a prefill and in a step of decoding at the main point.
+def measure_parts(models: Sequence[PreTrainedModel], settings: ProfileSettings, rig: Rig) -> list[list[Metric]]:
+    """Parameters, FLOP and time of each part, in a prefill and in a step of decoding at the main point, in turn.
 
     Returns:
-        "part_parameters/attention" ... ; one None with the reason where the parts cannot be found.
+        Of each model "part_parameters/attention" ... ; one None with the reason where its parts cannot be found.
     """
-    try:
-        parts = parts_of(model)
-    except SpecError as error:
-        return [Metric("part_parameters", None, n=0, note=f"parts cannot be told apart: {error}")]
-    found = [*_sizes("part_parameters", parts, model, _own_parameters)]
-    found += _sizes("part_flops_per_token", parts, model, lambda module: {module: 2 * product_weights(module)})
-    if too_long(model, settings.length):
-        return found
-    ids = random_tokens(model, settings.main)
-    with torch.inference_mode():
-        for phase, first, work in (
-            ("prefill", 0, Prefill(rig, model, ids)),
-            ("decode", 1, Decode(rig, model, ids, new_tokens(settings.main, settings))),  # its first pass is a prefill
-        ):
-            runs = []
-            with _marked(model, parts, rig) as marks:
-                for number in range(settings.repeats + 1):
-                    rig.watch(f"profile of the parts of {phase}", number, settings.repeats + 1)
-                    marks.clear()
-                    work()
-                    if number:  # the first warms up
-                        runs.append(_mean(marks.passes()[first:]))
-                rig.watch(f"profile of the parts of {phase}", settings.repeats + 1, settings.repeats + 1)
-            for name in (name for name in NAMES if name in runs[0]):
-                seconds = [run[name] for run in runs]
-                found.append(Metric(f"{phase}_part_seconds/{name}", statistics.median(seconds), len(seconds), seconds))
+    jobs = []
+    found: list[list[Metric]] = []
+    for model in models:
+        try:
+            parts = parts_of(model)
+        except SpecError as error:
+            found.append([Metric("part_parameters", None, n=0, note=f"parts cannot be told apart: {error}")])
+            continue
+        found.append([*_sizes("part_parameters", parts, model, _own_parameters)])
+        found[-1] += _sizes("part_flops_per_token", parts, model, lambda module: {module: 2 * product_weights(module)})
+        if not too_long(model, settings.length):
+            jobs.append(_Job(model, parts, found[-1], _Marks(rig)))
+    with torch.inference_mode(), ExitStack() as stack:
+        for job in jobs:
+            stack.enter_context(_marked(job.model, job.parts, job.marks))
+        for phase in ("prefill", "decode"):
+            _time_parts(phase, jobs, settings, rig)
     return found
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model whose parts are timed: where its metrics go, and where its marks are."""
+
+    model: PreTrainedModel
+    parts: Sequence[Part]
+    metrics: list[Metric]
+    marks: _Marks
+
+
+def _time_parts(phase: str, jobs: Sequence[_Job], settings: ProfileSettings, rig: Rig) -> None:
+    """Adds the time of the parts of each model in this phase to its metrics; nothing where memory runs out."""
+    new = new_tokens(settings.main, settings)
+
+    def work_of(job: _Job) -> Work:
+        ids = random_tokens(job.model, settings.main)
+        return Prefill(rig, job.model, ids) if phase == "prefill" else Decode(rig, job.model, ids, new)
+
+    works = [work_of(job) for job in jobs]
+    runs: list[list[dict[str, float]]] = [[] for _ in jobs]
+    with suppressed_lack():
+        for number in range(settings.repeats + 1):
+            rig.watch(f"profile of the parts of {phase}", number, settings.repeats + 1)
+            for job, work, mine in zip(jobs, works, runs, strict=True):
+                job.marks.clear()
+                work()
+                passes = job.marks.passes()
+                mine.append(_mean(passes if phase == "prefill" else passes[1:]))  # decoding begins with a prefill
+        rig.watch(f"profile of the parts of {phase}", settings.repeats + 1, settings.repeats + 1)
+    for job, (_, *counting) in zip(jobs, runs, strict=True):  # the first run warms up
+        for name in (name for name in NAMES if counting and name in counting[0]):
+            seconds = tuple(run[name] for run in counting)
+            job.metrics.append(Measured(seconds).metric(f"{phase}_part_seconds/{name}"))
 
 
 def _own_parameters(module: nn.Module) -> Mapping[object, int]:
@@ -154,9 +182,9 @@ class _Marks:
 
 
 @contextmanager
-def _marked(model: PreTrainedModel, parts: Sequence[Part], rig: Rig) -> Iterator[_Marks]:
+def _marked(model: PreTrainedModel, parts: Sequence[Part], marks: _Marks) -> Iterator[None]:
     """While inside, every pass through the model leaves marks."""
-    marks, handles = _Marks(rig), list[RemovableHandle]()
+    handles: list[RemovableHandle] = []
     for part in (*parts, Part(WHOLE, (model,))):
         begun: list[Any] = []
 
@@ -169,7 +197,7 @@ def _marked(model: PreTrainedModel, parts: Sequence[Part], rig: Rig) -> Iterator
         handles.append(part.modules[0].register_forward_pre_hook(begin))
         handles.append(part.modules[-1].register_forward_hook(end))
     try:
-        yield marks
+        yield
     finally:
         for handle in handles:
             handle.remove()
