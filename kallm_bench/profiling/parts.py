@@ -52,16 +52,18 @@ def parts_of(model: PreTrainedModel) -> list[Part]:
         SpecError: the architecture is one whose feed-forwards cannot be found.
     """
     anatomy = Anatomy.of(model.config, original_class(model)) if specs_of(model.config) else Anatomy(model)
-    parts = []
-    for block, place in enumerate(anatomy.covered()):
+    parts, places = [], anatomy.covered()
+    for block, place in enumerate(places):
         for path, is_attention in anatomy.mixers(block).items():
             parts.append(Part("attention" if is_attention else "mixer", (model.get_submodule(path),)))
-        if isinstance(place, str):
-            raise SpecError(f"block {block} {place}")
+        if isinstance(place, str):  # some hybrids have blocks without
+            continue
         paths = (place.path,) if place.adds or not place.chain else place.chain
         modules = tuple(model.get_submodule(path) for path in paths)
         learned = any(isinstance(each, KANLinear | GroupFunction) for module in modules for each in module.modules())
         parts.append(Part("kan" if learned else "feed-forward", modules))
+    if all(isinstance(place, str) for place in places):
+        raise SpecError(f"a block {places[0]}")
     return [*parts, Part("head", (model.get_output_embeddings(),))]
 
 

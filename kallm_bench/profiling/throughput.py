@@ -13,6 +13,7 @@ every weight and what the cache holds read once at the data sheet's bytes/s.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +88,8 @@ def _metrics(
     limits = limits_of(rig.device, model.dtype)
     if limits or not part:  # why there is none is said once, not at every point
         cached = cache_bytes(model.config, model.dtype)
-        work = forward_flops(model, tokens, batch), weight_bytes(model) + tokens * cached
+        heads = batch if takes_last(model) else tokens
+        work = forward_flops(model, tokens, heads), weight_bytes(model) + tokens * cached
         found += fractions("prefill", part, prefill, *work, limits)
         seen = length - new / 2  # on average, over the steps
         work = forward_flops(model, batch, batch), weight_bytes(model) + int(batch * seen * cached)
@@ -160,6 +162,11 @@ def random_tokens(model: PreTrainedModel, point: Point) -> Tensor:
     return torch.randint(0, vocabulary, tuple(point), generator=generator).to(model.device)
 
 
+def takes_last(model: PreTrainedModel) -> bool:
+    """Whether a model can be asked for the logits of the last position alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 class Prefill:
     """One forward pass over whole prompts, up to the logits that choose the next token: what a first token waits for.
 
@@ -171,7 +178,8 @@ class Prefill:
         self.rig, self.model, self.ids = rig, model, ids
 
     def __call__(self) -> float:
-        return self.rig.clocked(lambda: self.model(input_ids=self.ids, use_cache=False, logits_to_keep=1))
+        last = {"logits_to_keep": 1} if takes_last(self.model) else {}
+        return self.rig.clocked(lambda: self.model(input_ids=self.ids, use_cache=False, **last))
 
 
 class Decode:
