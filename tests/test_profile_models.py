@@ -282,8 +282,9 @@ def test_steps_that_do_not_fit_say_so(tiny_llama: Any, monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="module")
 def two(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, `base`, and a retrofit of it, `kan`."""
+    """A folder with a model, `base`, a retrofit of it, `kan`, and a model of half its depth, `short`."""
     folder = tmp_path_factory.mktemp("models")
+    save_checkpoint(folder / "short", tiny_llama(vocab_size=97, num_hidden_layers=2))
     model = tiny_llama(vocab_size=97)
     save_checkpoint(folder / "base", model)
     retrofit(model, KANSpec("2-3", "cheby2"))
@@ -293,7 +294,7 @@ def two(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("base", "kan"):
+    for name in ("base", "kan", "short"):
         (tmp_path / name).symlink_to(two / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KALLM_CACHE", str(tmp_path / "cache"))
@@ -357,6 +358,7 @@ def test_a_checkpoint_beside_itself_tells_how_well_ratios_are_known(home: Path, 
         (("base", "--scope", "tail"), "scope 'tail' needs replaced blocks and this model has none"),
         (("base", "kan", "--scope", "replaced"), "scope 'replaced' needs replaced blocks"),
         (("kan", "--scope", "tale"), "no scope 'tale'. Did you mean 'tail'?"),
+        (("kan", "short"), "tail_from 2: the model has 2 blocks, 0-1"),
         (("base", "--batch", "0"), "batch must be at least 1, got 0"),
         (("base", "kant"), "kant"),
     ],

@@ -99,13 +99,7 @@ def scopes_of(refs: Sequence[ModelRef]) -> tuple[list[str], int | None]:
 def _measure(bench: Bench, refs: Sequence[ModelRef], settings: ProfileSettings) -> list[Profiled]:
     """Everything there is to measure of models, in turn."""
     sources = [ref.open() for ref in refs]
-    for source in sources:
-        replaced = bool(specs_of(load_config(source)))
-        for scope in settings.all_scopes:
-            check_scope(scope, replaced=replaced, tail_from=settings.tail_from)
-    if not any(source.trust_remote_code for source in sources):  # of those nothing is known before they are loaded
-        skeletons = [load_skeleton(source, bench.dtype) for source in sources]
-        check_room([ref.label for ref in refs], skeletons, settings, bench.device)
+    _check(refs, sources, bench, settings)
     rig = Rig.at(bench.device, settings.repeats, bench.watch)
     seconds = _time_loads(sources, bench, rig)
     models, peaks = _load(sources, bench.dtype, rig)
@@ -120,6 +114,19 @@ def _measure(bench: Bench, refs: Sequence[ModelRef], settings: ProfileSettings) 
     if len(models) > 1 and bench.device.type == "cpu":
         found = [[_unless_of_all(metric) for metric in metrics] for metrics in found]
     return [Profiled(model, metrics) for model, metrics in zip(models, found, strict=True)]
+
+
+def _check(refs: Sequence[ModelRef], sources: Sequence[Source], bench: Bench, settings: ProfileSettings) -> None:
+    """Refuses what cannot be before anything is loaded; of models with code of their own less is known by then."""
+    skeletons = [load_skeleton(source, bench.dtype) for source in sources if not source.trust_remote_code]
+    for scope in settings.all_scopes:
+        for source in sources:
+            replaced = bool(specs_of(load_config(source)))
+            check_scope(scope, replaced=replaced, tail_from=settings.tail_from)
+        for skeleton in skeletons:
+            parameters_in(skeleton, scope, settings.tail_from)
+    if len(skeletons) == len(sources):
+        check_room([ref.label for ref in refs], skeletons, settings, bench.device)
 
 
 def _measure_steps(
