@@ -182,7 +182,7 @@ class Gpu:
         except self._errors as error:
             self.missing = f"NVML does not answer: {error}"
             return
-        if self._process not in (listed := self._processes()) and listed:
+        if self._process not in (listed := self._processes()):  # not yet, or not by this number
             self._process = self._grown(listed, device)
 
     def look(self) -> Look:
