@@ -96,16 +96,22 @@ def test_works_are_sampled_in_turn_and_every_second_round_the_other_way() -> Non
 
         return run
 
-    first, second = Rig(CPU, repeats=3).measure("x", [work("a", 1.0), work("b", 2.0)], warm_runs=2)
+    first, second = Rig(CPU, repeats=3).measure("x", [work("a", 1.0), work("b", 2.0)], warm_runs=2, runs=1)
     assert "".join(order) == "aabb" + "ab" + "ba" + "ab"
     assert first.seconds == (1.0,) * 3
     assert second.seconds == (2.0,) * 3
 
 
-def test_a_short_run_is_done_several_times_for_one_sample() -> None:
-    seconds = iter([rigs.SAMPLE_SECONDS / 4, *range(1, 9)])
-    (measured,) = Rig(CPU, repeats=2).measure("x", [lambda: float(next(seconds))])
-    assert measured.seconds == (2.5, 6.5)
+def test_a_short_run_is_done_several_times_for_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, counted = [0.0], iter(range(1, 100))
+    monkeypatch.setattr(rigs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def work() -> float:
+        now[0] += rigs.SAMPLE_SECONDS / 3.5
+        return float(next(counted))
+
+    (measured,) = Rig(CPU, repeats=2).measure("x", [work])
+    assert measured.seconds == (3.5, 7.5)  # of 2 to 5, and of 6 to 9; the first run warms up
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["gpu", "cpu"])
@@ -117,7 +123,7 @@ def test_what_runs_out_of_memory_is_left_out_and_the_others_go_on(error: Excepti
             raise error
         return 1.0
 
-    first, second = Rig(CPU, repeats=3).measure("x", [lacking, lambda: 1.0])
+    first, second = Rig(CPU, repeats=3).measure("x", [lacking, lambda: 1.0], runs=1)
     assert first.metric("prefill_seconds") == Metric("prefill_seconds", None, n=0, note="out of memory")
     assert second.seconds == (1.0,) * 3
 
