@@ -191,13 +191,13 @@ def test_parts_make_up_the_whole(kind: str, retrofitted: bool) -> None:
 
 
 def test_a_part_has_the_time_that_it_takes(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that only the feed-forwards move, 2 s each, and the head, 5 s."""
+    """A clock that only the feed-forwards move, 2 s a token each, and the head, 5 s."""
     model = tiny_llama(vocab_size=97)
     now = [0.0]
 
     def passing(seconds: float) -> Any:
-        def hook(*called: Any) -> None:
-            now[0] += seconds
+        def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            now[0] += seconds * output.shape[1]
 
         return hook
 
@@ -206,13 +206,13 @@ def test_a_part_has_the_time_that_it_takes(tiny_llama: Any, monkeypatch: pytest.
     monkeypatch.setattr("kallm_bench.profiling.parts.time", SimpleNamespace(perf_counter=lambda: now[0]))
     model.lm_head.register_forward_hook(passing(5.0))
     (metrics,) = measure_parts([model], ProfileSettings(1, 32, new_tokens=4, repeats=2), Rig(CPU, repeats=2))
-    for phase in ("prefill", "decode"):
+    for phase, tokens in (("prefill", 32), ("decode", 1)):
         seconds = {
             name.partition("/")[2]: metric.value
             for name, metric in named(metrics).items()
             if name.startswith(f"{phase}_part_seconds/")
         }
-        assert seconds == {"attention": 0.0, "feed-forward": 8.0, "head": 5.0, "rest": 0.0}
+        assert seconds == {"attention": 0.0, "feed-forward": 8.0 * tokens, "head": 5.0, "rest": 0.0}
 
 
 def test_parts_that_cannot_be_found_are_no_figure(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +253,6 @@ def test_every_scope_of_every_model_is_measured(tiny_llama: Any) -> None:
             flops[part] = found[f"train_flops_per_token{part}"].value or 0
         assert flops["/replaced"] < flops[""] < flops["/tail+head"] < flops["/all"]
         assert found["train_roofline"].note == "no data sheet is known of this device"
-    assert all(parameter.grad is None for model in models for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("trial", ["predicted", "tried"])
@@ -274,6 +273,7 @@ def test_steps_that_do_not_fit_say_so(tiny_llama: Any, monkeypatch: pytest.Monke
     found = named(metrics)
     assert (found["train_tokens_per_second"].value, found["train_tokens_per_second"].note) == (None, said)
     assert "peak_resident_bytes" not in found
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert no_steps(settings, said) == [found["train_tokens_per_second"]]
 
 
