@@ -26,6 +26,7 @@ from kallm_bench.profiling.settings import Point
 from kallm_bench.profiling.throughput import Decode, random_tokens
 from kallm_bench.profiling.training_step import measure_training, no_steps
 from kallm_bench.records import Metric, ResultsStore
+from kallm_bench.suites import read_suite
 from kallm_bench.training import SCOPES
 
 CPU = torch.device("cpu")
@@ -47,6 +48,25 @@ def test_a_grid_has_each_batch_with_each_length_and_the_main_point_first() -> No
     assert [settings.part(point) for point in settings.points[:2]] == ["", "/1x32"]
     assert ProfileSettings(4, 64).points == (Point(4, 64),)
     assert ProfileSettings(4, 64, batches=(1, 4), lengths=(64,)).points == (Point(4, 64), Point(1, 64))
+
+
+def test_a_suite_may_ask_for_a_grid_and_scopes(tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text(
+        """
+        [profile]
+        batch = 8
+        length = 64
+        batches = [1, 8]
+        lengths = [32, 64]
+        scope = "all"
+        scopes = ["lora"]
+        [[arm]]
+        name = "untouched"
+        """
+    )
+    (cell,) = read_suite(tmp_path / "grid.toml").cells
+    assert [str(point) for point in cell.profile.points] == ["8x64", "1x32", "1x64", "8x32"]
+    assert cell.profile.all_scopes == ("all", "lora")
 
 
 def test_the_way_that_changes_dtypes_comes_last() -> None:
