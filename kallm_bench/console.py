@@ -8,7 +8,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -206,7 +206,8 @@ class Display:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    """As minutes:seconds; from two hours on in hours, as "12 h"."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def prepare() -> None:
@@ -229,6 +230,7 @@ def show_records(records: Sequence[RunRecord], as_json: bool, written: Collectio
     for record in records:
         _show_figures(record)
         _show_parts(record)
+        _show_marks(record)
         if record.artifacts:
             out.print(f"Checkpoint: {record.artifacts[0].path.rpartition('/')[0]}")
         out.print(f"Record: {record.id}")
@@ -244,28 +246,56 @@ def _show_figures(record: RunRecord) -> None:
     )
     missing: dict[str, list[str]] = {}
     for metric in record.metrics:
-        if "/" in metric.name:
+        if "/" in metric.name or metric.name in ENDS:
             continue
         if metric.value is None:
             missing.setdefault(metric.note or "no reason is known", []).append(metric.name)
         else:
-            table.add_row(metric.name, Text(_written(metric), justify="right"), metric.note)
+            table.add_row(metric.name, Text(_written(record, metric), justify="right"), metric.note)
     out.print(table)
     for reason, names in missing.items():
         out.print(f"· not measured: {', '.join(names)}: {reason}", style="dim")
 
 
+ENDS = ("accuracy_low", "accuracy_high")
+"""Figures that are shown as the interval of another."""
+
+
+def _show_marks(record: RunRecord) -> None:
+    """What the marks beside its figures mean."""
+    from kallm_bench.reporting import EXPLAINED, judged
+
+    marks = {judged(record, metric.name)[1] for metric in record.metrics}
+    for mark, text in EXPLAINED.items():
+        if mark in marks:
+            out.print(text, style="dim")
+
+
 def _show_parts(record: RunRecord) -> None:
-    """The figures of parts, "accuracy/snarks": a line a part, a column a metric; a table for parts with the same ones.
+    """The figures of parts, "accuracy/snarks": a line a part, a column a metric; of a profile in several tables."""
+    parts: dict[str, dict[str, Metric]] = {}
+    for metric in record.metrics:
+        name, slash, part = metric.name.partition("/")
+        if slash and name not in ENDS:
+            parts.setdefault(part, {})[name] = metric
+    if record.stage == "profile":
+        _show_costs(record, parts)
+    elif parts:
+        names = list(dict.fromkeys(name for figures in parts.values() for name in figures))
+        headings = ["", *(name.removesuffix("_accuracy").replace("_", " ") for name in names)]
+        shown = {
+            part: [_written(record, figures[name]) if name in figures else "" for name in names]
+            for part, figures in parts.items()
+        }
+        show_rows(headings, [[part, *cells] for part, cells in shown.items()])
+
+
+def _show_costs(record: RunRecord, parts: Mapping[str, Mapping[str, Metric]]) -> None:
+    """A table for parts with the same metrics: scopes, phases, points of a grid, modules, ratios.
 
     Beside a number stands the spread of its samples where it is wide, and below the table what else there is to know.
     What could not be measured of any of them is left out.
     """
-    parts: dict[str, dict[str, Metric]] = {}
-    for metric in record.metrics:
-        name, slash, part = metric.name.partition("/")
-        if slash:
-            parts.setdefault(part, {})[name] = metric
     tables: dict[tuple[str, ...], list[str]] = {}
     for part, figures in parts.items():
         tables.setdefault(tuple(figures), []).append(part)
@@ -273,23 +303,24 @@ def _show_parts(record: RunRecord) -> None:
         measured = [name for name in names if any(parts[part][name].value is not None for part in alike)]
         if not measured:
             continue
-        headings = ["", *(name.removesuffix("_accuracy") for name in measured)]
-        _show_grid("", [headings, *([part, *(_beside(parts[part][name]) for name in measured)] for part in alike)])
+        headings = ["", *(name.replace("_", " ") for name in measured)]
+        rows = [[part, *(_beside(record, parts[part][name]) for name in measured)] for part in alike]
+        _show_grid("", [headings, *rows])
         for part in alike:
             told = (word for name in measured for word in parts[part][name].note.split("; "))
             if other := [word for word in dict.fromkeys(told) if word and not word.startswith("spread ")]:
                 out.print(f"· {part}: {'; '.join(other)}", style="dim")
 
 
-def _beside(metric: Metric) -> str:
+def _beside(record: RunRecord, metric: Metric) -> str:
     """A figure and, where that was told of it, the spread of its samples."""
     spread, _, _ = metric.note.partition("; ")
-    return _written(metric) + (f" ({spread})" if spread.startswith("spread ") else "")
+    return _written(record, metric) + (f" ({spread})" if spread.startswith("spread ") else "")
 
 
-def _written(metric: Metric) -> str:
+def _written(record: RunRecord, metric: Metric) -> str:
     from kallm_bench.records import kind_of
-    from kallm_bench.reporting import written
+    from kallm_bench.reporting import judged, written
     from kallm_bench.reporting.tables import Figure
 
     if metric.value is None:
@@ -297,7 +328,7 @@ def _written(metric: Metric) -> str:
     unit = kind_of(metric.name).unit
     if unit in SMALL and abs(metric.value) < 1:
         return f"{1000 * metric.value:,.3g} {SMALL[unit]}"
-    return written(metric.name, Figure(metric.value))
+    return written(metric.name, Figure(metric.value, *judged(record, metric.name)))
 
 
 def show_tables(tables: Sequence[Table]) -> None:
@@ -315,10 +346,32 @@ def show_tables(tables: Sequence[Table]) -> None:
 
 
 def _show_grid(title: str, cells: Sequence[Sequence[str]]) -> None:
-    wide = out.options.update(max_width=10_000)
-    shown, turned = _grid(title, cells), _grid(title, [list(column) for column in zip(*cells, strict=True)])
-    widths = [table.__rich_measure__(out, wide).maximum for table in (shown, turned)]
-    out.print(turned if out.width < widths[0] > widths[1] else shown)
+    if _fits(shown := _grid(title, cells)):
+        out.print(shown)
+        return
+    turned = [list(column) for column in zip(*cells, strict=True)]
+    for part in _parts(turned):
+        out.print(_grid(title, part))
+        title = ""
+
+
+def _fits(table: RichTable) -> bool:
+    return table.__rich_measure__(out, out.options.update(max_width=10_000)).maximum <= out.width
+
+
+def _parts(cells: Sequence[Sequence[str]]) -> Iterator[list[list[str]]]:
+    """A table in as many as it takes to fit, each with the first column and at least one more."""
+    begin, columns = 1, len(cells[0])
+    while begin < columns:
+        end = begin + 1
+        while end < columns and _fits(_grid("", _columns(cells, begin, end + 1))):
+            end += 1
+        yield _columns(cells, begin, end)
+        begin = end
+
+
+def _columns(cells: Sequence[Sequence[str]], begin: int, end: int) -> list[list[str]]:
+    return [[row[0], *row[begin:end]] for row in cells]
 
 
 def _grid(title: str, cells: Sequence[Sequence[str]]) -> RichTable:
@@ -391,7 +444,7 @@ def show_training(coming: Budget, room: Room, as_json: bool) -> None:
         ("tokens", f"{coming.tokens:,}"),
         ("parameters", f"{coming.parameters:,}"),
         ("of them learn", f"{coming.trainable_parameters:,}"),
-        ("takes", f"about {_minutes(coming.seconds)} minutes, loading aside"),
+        ("takes", f"about {_minutes(coming.seconds)}, loading aside"),
         *((name, _gib(size)) for name, size in coming.peaks.items()),
         ("rows at once", str(coming.rows_at_once)),
         ("checkpoint", _gib(coming.checkpoint_bytes)),
@@ -435,7 +488,7 @@ def show_cells(cells: Sequence[CellForecast], room: Room, as_json: bool) -> None
         # every cell keeps what it retrofitted and what it trained; states go one after the other
         kept = sum(2 * budget.checkpoint_bytes for budget in budgets)
         disk = kept + max(budget.disk_bytes - budget.checkpoint_bytes for budget in budgets)
-        say(f"Training takes about {_minutes(sum(budget.seconds for budget in budgets))} minutes in all.")
+        say(f"Training takes about {_minutes(sum(budget.seconds for budget in budgets))} in all.")
         for line in _too_much([budget.peak_bytes or 0 for budget in budgets], disk, room):
             tell(line)
 
@@ -469,14 +522,14 @@ def show_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = RichTable()
     for number, heading in enumerate(headings):
         figures = number > 0 and all(_is_figure(row[number]) for row in rows)
-        table.add_column(heading, justify="right" if figures else "left", overflow="fold")
+        table.add_column(heading, justify="right" if figures else "left", overflow="fold", no_wrap=figures)
     for row in rows:
         table.add_row(*row)
     out.print(table)
 
 
 def _is_figure(text: str) -> bool:
-    return not text or text[0].isdigit()
+    return not text or text.removeprefix("-")[:1].isdigit()
 
 
 def say(text: str) -> None:

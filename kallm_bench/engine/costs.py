@@ -20,6 +20,7 @@ from kallm_bench.profiling import (
     Rig,
     check_room,
     flops_per_token,
+    give_back,
     measure_inference,
     measure_kernels,
     measure_parts,
@@ -29,7 +30,6 @@ from kallm_bench.profiling import (
     ratios,
     too_large,
 )
-from kallm_bench.profiling.memory import give_back
 from kallm_bench.records import Metric, RunRecord
 from kallm_bench.training import SCOPES, check_scope, parameters_in
 from kallm_bench.training.scope import FOR_ANY

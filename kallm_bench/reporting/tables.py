@@ -15,7 +15,8 @@ import numpy as np
 
 from kallm_bench.records import WIDE_SPREAD, ResultsStore, RunRecord
 from kallm_bench.records.statistics import Interval, accuracy_interval, mean_interval
-from kallm_bench.reporting.arms import AT_CHANCE, BELOW_CHANCE, Arm, variants, what_it_is
+from kallm_bench.reporting.arms import Arm, variants, what_it_is
+from kallm_bench.reporting.chance import mark_of
 from kallm_bench.reporting.kernels import (
     KERNEL_COLUMNS,
     WIDE,
@@ -42,6 +43,7 @@ STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("train", "class_loss", "class loss"),
     ("train", "class_accuracy", "accuracy of classes"),
     ("eval-bbh", "accuracy", "accuracy"),
+    ("eval-bbh", "target_loglikelihood", "log-likelihood of the right answer"),
     ("profile", "prefill_tokens_per_second", "prefill tokens/s"),
     ("profile", "decode_tokens_per_second", "decode tokens/s"),
     ("train", "train_tokens_per_second", "train tokens/s"),
@@ -213,17 +215,15 @@ def _row(store: ResultsStore, arm: Arm) -> Row:
         values = [value for record in records if (value := record.value(name)) is not None]
         if values:
             interval = _accuracy_interval(store, records) if metric in ACCURACIES.values() else mean_interval(values)
-            if interval and interval[0] < 0:
-                interval = (0.0, interval[1])  # of two seeds it is wide, and none of these can be negative
+            if interval and interval[0] < 0 <= min(values):
+                interval = (0.0, interval[1])  # of two seeds it is wide, and these cannot be negative
             figures[metric] = Figure(statistics.fmean(values), interval, _mark(metric, interval, records))
     return Row(arm.name, what_it_is(arm), arm.seeds, figures)
 
 
 def _mark(metric: str, interval: Interval | None, records: Sequence[RunRecord]) -> str:
     guessing = records[0].value("guessing_accuracy") if records else None
-    if metric not in ACCURACIES.values() or interval is None or guessing is None or interval[0] > guessing:
-        return ""
-    return AT_CHANCE if guessing <= interval[1] else BELOW_CHANCE
+    return mark_of(interval, guessing) if metric in ACCURACIES.values() else ""
 
 
 def _accuracy_interval(store: ResultsStore, records: Sequence[RunRecord]) -> Interval | None:
