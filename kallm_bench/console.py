@@ -8,7 +8,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -45,6 +45,9 @@ NOTES = 4
 
 MAIN_WORKS = ("training", "questions", "contenders")
 """Of what a part of a plan consists of, the works that take its time."""
+
+SMALL = {"s": "ms", "J/token": "mJ/token"}
+"""Units of figures that may be small, and those that they are then shown in."""
 
 SKIPPED_SECONDS = 3.0
 """A part that is over sooner was done by an earlier run."""
@@ -236,14 +239,22 @@ def show_records(records: Sequence[RunRecord], as_json: bool, written: Collectio
 
 
 def _show_figures(record: RunRecord) -> None:
-    """The figures of the whole: one a line, with what a reader should know beside it."""
+    """The figures of the whole: one a line, with what a reader should know beside it; below, what there is none of."""
+    at = ", {batch} x {length}".format_map(record.settings) if {"batch", "length"} <= set(record.settings) else ""
     table = RichTable(
-        title=f"{record.stage}: {record.arm}", title_justify="left", title_style="bold", show_header=False
+        title=f"{record.stage}: {record.arm}{at}", title_justify="left", title_style="bold", show_header=False
     )
+    missing: dict[str, list[str]] = {}
     for metric in record.metrics:
-        if "/" not in metric.name and metric.name not in ENDS:
+        if "/" in metric.name or metric.name in ENDS:
+            continue
+        if metric.value is None:
+            missing.setdefault(metric.note or "no reason is known", []).append(metric.name)
+        else:
             table.add_row(metric.name, Text(_written(record, metric), justify="right"), metric.note)
     out.print(table)
+    for reason, names in missing.items():
+        out.print(f"· not measured: {', '.join(names)}: {reason}", style="dim")
 
 
 ENDS = ("accuracy_low", "accuracy_high")
@@ -261,26 +272,62 @@ def _show_marks(record: RunRecord) -> None:
 
 
 def _show_parts(record: RunRecord) -> None:
-    """The figures of parts, "accuracy/snarks": a line a part, a column a metric."""
-    parts: dict[str, dict[str, str]] = {}
+    """The figures of parts, "accuracy/snarks": a line a part, a column a metric; of a profile in several tables."""
+    parts: dict[str, dict[str, Metric]] = {}
     for metric in record.metrics:
         name, slash, part = metric.name.partition("/")
         if slash and name not in ENDS:
-            parts.setdefault(part, {})[name] = _written(record, metric)
-    if parts:
+            parts.setdefault(part, {})[name] = metric
+    if record.stage == "profile":
+        _show_costs(record, parts)
+    elif parts:
         names = list(dict.fromkeys(name for figures in parts.values() for name in figures))
-        headings = [name.removesuffix("_accuracy").replace("_", " ") for name in names]
-        show_rows(
-            ["", *headings], [[part, *(figures.get(name, "") for name in names)] for part, figures in parts.items()]
-        )
+        headings = ["", *(name.removesuffix("_accuracy").replace("_", " ") for name in names)]
+        shown = {
+            part: [_written(record, figures[name]) if name in figures else "" for name in names]
+            for part, figures in parts.items()
+        }
+        show_rows(headings, [[part, *cells] for part, cells in shown.items()])
+
+
+def _show_costs(record: RunRecord, parts: Mapping[str, Mapping[str, Metric]]) -> None:
+    """A table for parts with the same metrics: scopes, phases, points of a grid, modules, ratios.
+
+    Beside a number stands the spread of its samples where it is wide, and below the table what else there is to know.
+    What could not be measured of any of them is left out.
+    """
+    tables: dict[tuple[str, ...], list[str]] = {}
+    for part, figures in parts.items():
+        tables.setdefault(tuple(figures), []).append(part)
+    for names, alike in tables.items():
+        measured = [name for name in names if any(parts[part][name].value is not None for part in alike)]
+        if not measured:
+            continue
+        headings = ["", *(name.replace("_", " ") for name in measured)]
+        rows = [[part, *(_beside(record, parts[part][name]) for name in measured)] for part in alike]
+        _show_grid("", [headings, *rows])
+        for part in alike:
+            told = (word for name in measured for word in parts[part][name].note.split("; "))
+            if other := [word for word in dict.fromkeys(told) if word and not word.startswith("spread ")]:
+                out.print(f"· {part}: {'; '.join(other)}", style="dim")
+
+
+def _beside(record: RunRecord, metric: Metric) -> str:
+    """A figure and, where that was told of it, the spread of its samples."""
+    spread, _, _ = metric.note.partition("; ")
+    return _written(record, metric) + (f" ({spread})" if spread.startswith("spread ") else "")
 
 
 def _written(record: RunRecord, metric: Metric) -> str:
+    from kallm_bench.records import kind_of
     from kallm_bench.reporting import judged, written
     from kallm_bench.reporting.tables import Figure
 
     if metric.value is None:
         return "not measured"
+    unit = kind_of(metric.name).unit
+    if unit in SMALL and abs(metric.value) < 1:
+        return f"{1000 * metric.value:,.3g} {SMALL[unit]}"
     return written(metric.name, Figure(metric.value, *judged(record, metric.name)))
 
 

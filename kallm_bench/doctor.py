@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from kallm_bench.bbh.tasks import TASKS
-from kallm_bench.errors import KallmError
+from kallm_bench.errors import DeviceError, KallmError
 from kallm_bench.files import cache_folder
 from kallm_bench.models import find_model
-from kallm_bench.profiling.hardware import PACKAGES, identity, installed_version
+from kallm_bench.profiling.hardware import PACKAGES, driver_version, identity, installed_version
 from kallm_bench.training import find_data
 
 
@@ -45,15 +45,10 @@ def _found(look) -> str:  # type: ignore[no-untyped-def]  # any function that gi
 
 
 def _nvml() -> str:
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-        version: str = pynvml.nvmlSystemGetDriverVersion()
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
+        return f"driver {driver_version()}"
+    except DeviceError as error:
         return f"not here ({error})"
-    return f"driver {version}"
 
 
 def _bbh() -> str:

@@ -17,7 +17,6 @@ from kallm_bench.bbh.questions import load_questions
 from kallm_bench.errors import Interrupted
 from kallm_bench.kan import BASES, KANLinear
 from kallm_bench.models import KANSpec, load_checkpoint, retrofit, save_checkpoint
-from kallm_bench.profiling import ProfileSettings, environment, measure_training
 from kallm_bench.training import (
     DistillationSettings,
     Forward,
@@ -161,12 +160,3 @@ def test_replies_on_the_device(tiny_llama: Any, bundled_tokenizer: Any, tmp_path
     model = tiny_llama().to("cuda")
     samples = ask(model, bundled_tokenizer, questions, PROTOCOLS["chat"], 4, tmp_path / "partial.jsonl", batch_size=3)
     assert [sample["index"] for sample in samples] == list(range(5))
-
-
-def test_the_profile_measures_gpu_memory(tiny_llama: Any) -> None:
-    model = tiny_llama().to("cuda")
-    retrofit(model, KANSpec("2-3", "cheby2"))
-    metrics = {metric.name: metric for metric in measure_training(model, ProfileSettings(2, 64, repeats=3))}
-    assert (metrics["peak_vram_allocated_bytes"].value or 0) > 0
-    assert (metrics["train_tokens_per_second"].value or 0) > 0
-    assert "driver" in environment(torch.device("cuda"))["gpu"]

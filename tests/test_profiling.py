@@ -10,11 +10,13 @@ import torch
 
 from kallm_bench.errors import DeviceError
 from kallm_bench.models import KANSpec, retrofit
-from kallm_bench.profiling import ProfileSettings, find_device, find_dtype, flops_per_token, measure_training
+from kallm_bench.profiling import ProfileSettings, Rig, find_device, find_dtype, flops_per_token, measure_training
 from kallm_bench.profiling.flops import peak_flops, training_flops
 from kallm_bench.profiling.memory import peak_memory
-from kallm_bench.profiling.throughput import throughput
+from kallm_bench.profiling.rig import Measured
 from kallm_bench.training import apply_scope
+
+CPU = torch.device("cpu")
 
 
 def test_flops_are_two_for_each_weight_of_a_product(tiny_llama: Any) -> None:
@@ -26,12 +28,14 @@ def test_flops_are_two_for_each_weight_of_a_product(tiny_llama: Any) -> None:
     assert flops_per_token(model) == 2 * (4 * attention + 3 * feedforward + 2 * 2 * 32 * 16 + head)
 
 
-def test_throughput_is_by_the_median_and_tells_of_a_wide_spread() -> None:
-    metric = throughput("prefill_tokens_per_second", 100, [1.0, 2.0, 4.0])
+def test_a_figure_is_the_median_with_its_samples_and_tells_of_a_wide_spread() -> None:
+    metric = Measured((1.0, 2.0, 4.0), notes=("heat",)).metric("prefill_tokens_per_second", lambda each: 100 / each)
     assert metric.value == 50.0
     assert list(metric.samples) == [100.0, 50.0, 25.0]
-    assert metric.note == "spread 150%"
-    assert throughput("prefill_tokens_per_second", 100, [1.0, 1.01, 0.99]).note == ""
+    assert metric.note == "spread 150%; heat"
+    assert Measured((1.0, 1.01, 0.99)).metric("prefill_seconds").note == ""
+    missing = Measured(reason="out of memory").metric("prefill_seconds")
+    assert (missing.value, missing.n, missing.note) == (None, 0, "out of memory")
 
 
 def test_peak_memory_is_of_the_block_alone() -> None:
@@ -50,7 +54,9 @@ def test_a_profile_leaves_the_weights_alone(tiny_llama: Any) -> None:
     model = tiny_llama(vocab_size=97)
     retrofit(model, KANSpec("2-3", "cheby2"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    measure_training(model, ProfileSettings(1, 32, repeats=2), torch.bfloat16)
+    settings = ProfileSettings(1, 32, repeats=2, scopes=("lora", "all"))
+    measure_training([model], settings, Rig(CPU, repeats=2), torch.bfloat16)
+    assert set(model.state_dict()) == set(before)  # adapters are gone
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -58,7 +64,8 @@ def test_steps_are_measured_in_every_way(tiny_llama: Any) -> None:
     model = tiny_llama(vocab_size=97)
     retrofit(model, KANSpec("2-3", "cheby2"))
     settings = ProfileSettings(2, 64, repeats=2, ways=("plain", "ours", "kept"))
-    found = {metric.name: metric for metric in measure_training(model, settings)}
+    (metrics,) = measure_training([model], settings, Rig(CPU, repeats=2))
+    found = {metric.name: metric for metric in metrics}
     for way in ("", "/plain", "/kept"):
         assert found[f"train_tokens_per_second{way}"].n == 2
         assert found[f"peak_resident_bytes{way}"].value
@@ -82,10 +89,11 @@ def test_a_training_step_needs_gradients_only_where_something_learns(tiny_llama:
 
 def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_flops(torch.device("cpu"), torch.float32) is None
-    names = iter(["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA Nothing 1"])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: next(names))
-    found = [peak_flops(torch.device("cuda"), torch.bfloat16) for _ in range(3)]
-    assert found == [989e12, 756e12, None]
+    known = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA L4": 121e12}
+    unknown = ["NVIDIA Nothing 1", "NVIDIA L40", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+    for name, expected in {**known, **dict.fromkeys(unknown)}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda"), torch.bfloat16) == expected, name
 
 
 def test_what_measures_nothing_or_is_not_there_is_refused() -> None:

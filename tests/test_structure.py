@@ -105,3 +105,13 @@ def test_nothing_is_ever_unpickled() -> None:
         imported = {name.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names}
         assert not loads, path
         assert not imported & {"pickle", "dill", "joblib", "cloudpickle"}, path
+
+
+def test_only_one_module_knows_nvml() -> None:
+    importers = [
+        path.name
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom) and "pynvml" in ast.unparse(node)
+    ]
+    assert set(importers) == {"hardware.py"}

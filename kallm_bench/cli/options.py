@@ -44,8 +44,8 @@ def read_names(text: str, option: str) -> list[str]:
     return names
 
 
-def read_numbers(text: str) -> list[int]:
+def read_numbers(text: str, option: str = "--seeds") -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"'{text}' is no list of numbers; write 0,1,2", param_hint="--seeds") from None
+        raise typer.BadParameter(f"'{text}' is no list of numbers; write 0,1,2", param_hint=option) from None

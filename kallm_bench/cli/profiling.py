@@ -11,9 +11,9 @@ import typer
 
 from kallm_bench import console
 from kallm_bench.cli.bench import make_bench
-from kallm_bench.cli.options import Checkpoint, Device, Dtype, Json, Results, Trust
+from kallm_bench.cli.options import Checkpoint, Device, Dtype, Json, Results, Trust, read_names, read_numbers
 
-MODEL_OPTIONS = ("checkpoint", "batch", "length", "scope", "trust_remote_code")
+MODEL_OPTIONS = ("checkpoint", "other", "batch", "length", "scope", "trust_remote_code")
 KERNEL_OPTIONS = ("suite", "shape", "basis", "tokens", "tune")
 """What `kallm profile` takes only without --kernels, and only with it."""
 
@@ -21,13 +21,21 @@ KERNEL_OPTIONS = ("suite", "shape", "basis", "tokens", "tune")
 def profile(
     context: typer.Context,
     checkpoint: Checkpoint = "bundled",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 4,
-    length: Annotated[int, typer.Option(min=32, help="Tokens in each.")] = 256,
+    other: Annotated[
+        str | None, typer.Argument(metavar="CKPT2", help="Measured in turn with CKPT; its ratios to it are given.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Sequences at once, one number or several; 1,16, or 1,4 on a CPU, if left out.")
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option(help="Tokens in each, the same; 128,1024, or 64,256 on a CPU, if left out.")
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=2, help="Timed runs of each measurement; 5, or 20 of kernels, if left out.")
     ] = None,
     scope: Annotated[
-        str | None, typer.Option(help="What learns in the training step; tail, or all where nothing is replaced.")
+        str | None,
+        typer.Option(help="What learns in the training step, one or several; all scopes the model has, or none."),
     ] = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Measure layers alone instead of a model, beside what they compete with.")
@@ -51,9 +59,13 @@ def profile(
     as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure a model's parameters, throughput and peak memory on this machine, or the time of KAN layers alone.
+    """Measure what a model costs on this machine, or two side by side, or the time of KAN layers alone.
 
-    kallm profile runs/..., kallm profile --kernels, kallm profile --kernels --shape 576x384 --basis legendre:degree=3
+    Parameters, FLOP, load time; throughput, latency, energy and memory of prefill, decoding and training; the time of
+    attention, feed-forwards, KANs and head. The largest batch and length are the main ones, on which training is timed.
+
+    kallm profile runs/..., kallm profile bundled runs/... --batch 1,8 --length 512 --scope tail,
+    kallm profile --kernels, kallm profile --kernels --shape 576x384 --basis legendre:degree=3
     """
     _refuse_mixed(context, MODEL_OPTIONS if kernels else KERNEL_OPTIONS)
     if kernels:
@@ -65,18 +77,50 @@ def profile(
         else:
             _profile_kernels(*asked, device, dtype, results, as_json)
         return
+    names = [checkpoint] if other is None else [checkpoint, other]
+    _profile_models(names, batch, length, repeats, scope, device, dtype, results, as_json, trust_remote_code)
+
+
+def _profile_models(
+    names: Sequence[str],
+    batch: str | None,
+    length: str | None,
+    repeats: int | None,
+    scope: str | None,
+    device: str,
+    dtype: str,
+    results: Path,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
     from kallm_bench import engine
     from kallm_bench.filing import find_ref
-    from kallm_bench.models import load_config, specs_of
     from kallm_bench.profiling import ProfileSettings
 
     with console.Display() as display:
         bench = make_bench(results, display, device, dtype, None)
-        ref = find_ref(checkpoint, trust_remote_code)
-        scope = scope or ("tail" if specs_of(load_config(ref.open())) else "all")
-        settings = ProfileSettings(batch, length, repeats=repeats or 5, scope=scope)
-        record = engine.profile(bench, ref, settings, again=True)
-    console.show_records([record], as_json, bench.store.written)
+        small = bench.device.type == "cpu"
+        batches = read_numbers(batch or ("1,4" if small else "1,16"), "--batch")
+        lengths = read_numbers(length or ("64,256" if small else "128,1024"), "--length")
+        refs = [find_ref(name, trust_remote_code) for name in names]
+        scopes, tail_from = engine.scopes_of(refs)
+        if scope:
+            scopes = read_names(scope, "--scope")
+        settings = ProfileSettings(
+            max(batches),
+            max(lengths),
+            tuple(batches),
+            tuple(lengths),
+            repeats=repeats or 5,
+            scope=scopes[0],
+            scopes=tuple(scopes[1:]),
+            tail_from=tail_from,
+        )
+        if other := refs[1:]:
+            records = engine.profile_side_by_side(bench, (refs[0], *other), settings)
+        else:
+            records = [engine.profile(bench, refs[0], settings, again=True)]
+    console.show_records(records, as_json, bench.store.written)
 
 
 def _profile_kernels(
@@ -154,5 +198,6 @@ def _refuse_mixed(context: typer.Context, unfit: Sequence[str]) -> None:
     for name in unfit:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            shown = "CKPT" if name == "checkpoint" else f"--{name.replace('_', '-')}"
+            arguments = {"checkpoint": "CKPT", "other": "CKPT2"}
+            shown = arguments.get(name) or f"--{name.replace('_', '-')}"
             raise typer.BadParameter(f"{shown} goes {'with' if name in KERNEL_OPTIONS else 'without'} --kernels")

@@ -1,7 +1,7 @@
 """The one core that every command goes through: settings in, stage called, record out."""
 
 from kallm_bench.engine.cells import check_cell, run_cell
-from kallm_bench.engine.costs import profile, profile_kernels
+from kallm_bench.engine.costs import profile, profile_kernels, profile_side_by_side, scopes_of
 from kallm_bench.engine.cutting import CUT_VERSION, cut_model
 from kallm_bench.engine.forecasts import CellForecast, foresee_suite
 from kallm_bench.engine.lessons import Lessons
@@ -29,11 +29,13 @@ __all__ = [
     "plan_of_kernels",
     "profile",
     "profile_kernels",
+    "profile_side_by_side",
     "rescore",
     "retrofit",
     "revert",
     "run_cell",
     "run_suite",
+    "scopes_of",
     "train_model",
     "try_training",
     "write_prompts",

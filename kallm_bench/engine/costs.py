@@ -3,51 +3,195 @@
 from __future__ import annotations
 
 import dataclasses
-import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from kallm_bench.engine.checkpoints import size_metrics
 from kallm_bench.filing import Bench, ModelRef, Stage
-from kallm_bench.models import load_model, replaced_modules
+from kallm_bench.models import Source, load_config, load_model, replaced_modules, specs_of
+from kallm_bench.models.sources import load_skeleton
 from kallm_bench.profiling import (
     KernelProblem,
     ProfileSettings,
+    Rig,
+    check_room,
     flops_per_token,
+    give_back,
     measure_inference,
     measure_kernels,
+    measure_parts,
     measure_training,
+    no_steps,
+    peak_memory,
+    ratios,
+    too_large,
 )
 from kallm_bench.records import Metric, RunRecord
-from kallm_bench.training import SCOPES, parameters_in
+from kallm_bench.training import SCOPES, check_scope, parameters_in
+from kallm_bench.training.scope import FOR_ANY
+
+LOADS = 3
+"""Timed loads, at most; one before them brings the files into the system's memory."""
+
+
+class Profiled(NamedTuple):
+    """A model and what was measured of it."""
+
+    model: PreTrainedModel
+    metrics: list[Metric]
 
 
 def profile(bench: Bench, ref: ModelRef, settings: ProfileSettings, *, again: bool = False) -> RunRecord:
-    """Measures what the model costs here. `again` measures anew where a record exists."""
+    """Measures what the model costs here. `again` measures anew where a record exists.
+
+    Raises:
+        DeviceError: it would not fit the device. TrainingError: a scope that it does not have.
+    """
     stage = Stage(bench, "profile", dataclasses.asdict(settings) | bench.place, ref)
     with stage.claimed(again=again) as done:
         if done:
             return done
-        source = ref.open()
-        start = time.perf_counter()
-        model, _ = load_model(source, bench.dtype, bench.device)
-        loaded = time.perf_counter() - start
-        metrics = [
-            *size_metrics(model),
-            Metric("flops_per_token", flops_per_token(model)),
-            Metric("load_seconds", loaded),
-        ]
-        tail_from = settings.tail_from
-        for scope in SCOPES if replaced_modules(model) or tail_from is not None else ["all"]:
-            if scope != "replaced" or replaced_modules(model):
-                count = sum(parameter.numel() for parameter in parameters_in(model, scope, tail_from))
-                metrics.append(Metric(f"trainable_parameters/{scope}", count))
-        metrics += measure_inference(model, settings, bench.watch)
-        if settings.scope != "none":
-            if bench.autocast:
-                model, _ = load_model(source, torch.float32, bench.device)
-            metrics += measure_training(model, settings, bench.autocast, bench.watch)
-        return stage.finish(metrics, model=model)
+        (profiled,) = _measure(bench, [ref], settings)
+        return stage.finish(profiled.metrics, model=profiled.model)
+
+
+def profile_side_by_side(bench: Bench, refs: Sequence[ModelRef], settings: ProfileSettings) -> list[RunRecord]:
+    """Measures two models in turn; the record of each, the second's with its ratios to the first. Raises as `profile`.
+
+    Both have to fit the device together. A checkpoint beside itself tells how well ratios can be known here.
+    """
+    stages = [
+        Stage(
+            bench,
+            "profile",
+            dataclasses.asdict(settings) | bench.place | {"beside": other.fingerprint, "turn": turn},
+            ref,
+        )
+        for turn, (ref, other) in enumerate(zip(refs, reversed(refs), strict=True))
+    ]
+    with ExitStack() as stack:
+        for stage in stages:
+            stack.enter_context(stage.claimed(again=True))
+        first, second = _measure(bench, refs, settings)
+        second.metrics.extend(ratios(first.metrics, second.metrics))
+        both = zip(stages, (first, second), strict=True)
+        return [stage.finish(each.metrics, model=each.model) for stage, each in both]
+
+
+def scopes_of(refs: Sequence[ModelRef]) -> tuple[list[str], int | None]:
+    """The scopes that all of these models have, the usual one first, and where the tail begins if not all say so.
+
+    Beside a model with replaced blocks, the tail of an untouched one begins where that one's does.
+    """
+    replaced = [specs_of(load_config(ref.open())) for ref in refs]
+    if not any(replaced):
+        return list(FOR_ANY), None
+    scopes = ["tail", *(scope for scope in SCOPES if scope != "tail" and (scope != "replaced" or all(replaced)))]
+    if len(refs) == 1:
+        return scopes, None
+    return scopes, min(int(block) for specs in replaced for spec in specs for block in spec.blocks)
+
+
+def _measure(bench: Bench, refs: Sequence[ModelRef], settings: ProfileSettings) -> list[Profiled]:
+    """Everything there is to measure of models, in turn."""
+    sources = [ref.open() for ref in refs]
+    _check(refs, sources, bench, settings)
+    rig = Rig.at(bench.device, settings.repeats, bench.watch)
+    seconds = _time_loads(sources, bench, rig)
+    models, peaks = _load(sources, bench.dtype, rig)
+    found = [
+        [*_sizes(model, settings), timed, *peak] for model, timed, peak in zip(models, seconds, peaks, strict=True)
+    ]
+    _extend(found, measure_inference(models, settings, rig))
+    _extend(found, measure_parts(models, settings, rig))
+    if settings.steps:
+        models, steps = _measure_steps(sources, models, bench, settings, rig)
+        _extend(found, steps)
+    if len(models) > 1 and bench.device.type == "cpu":
+        found = [[_unless_of_all(metric) for metric in metrics] for metrics in found]
+    return [Profiled(model, metrics) for model, metrics in zip(models, found, strict=True)]
+
+
+def _check(refs: Sequence[ModelRef], sources: Sequence[Source], bench: Bench, settings: ProfileSettings) -> None:
+    """Refuses what cannot be before anything is loaded; of models with code of their own less is known by then."""
+    skeletons = [load_skeleton(source, bench.dtype) for source in sources if not source.trust_remote_code]
+    for scope in settings.all_scopes:
+        for source in sources:
+            replaced = bool(specs_of(load_config(source)))
+            check_scope(scope, replaced=replaced, tail_from=settings.tail_from)
+        for skeleton in skeletons:
+            parameters_in(skeleton, scope, settings.tail_from)
+    if len(skeletons) == len(sources):
+        check_room([ref.label for ref in refs], skeletons, settings, bench.device)
+
+
+def _measure_steps(
+    sources: Sequence[Source], models: list[PreTrainedModel], bench: Bench, settings: ProfileSettings, rig: Rig
+) -> tuple[list[PreTrainedModel], list[list[Metric]]]:
+    """Training steps, with parameters in float32; changes `models`, which make room for those. The models after it."""
+    if bench.autocast:
+        needed = sum(4 * parameter.numel() for model in models for parameter in model.parameters())
+        for model in models:
+            model.to("cpu")
+        if reason := too_large(needed, bench.device):
+            return models, [no_steps(settings, reason) for _ in models]
+        models.clear()
+        models, _ = _load(sources, torch.float32, rig)
+    return models, measure_training(models, settings, rig, bench.autocast)
+
+
+def _sizes(model: PreTrainedModel, settings: ProfileSettings) -> list[Metric]:
+    metrics = [*size_metrics(model), Metric("flops_per_token", flops_per_token(model))]
+    replaced = bool(replaced_modules(model))
+    for scope in SCOPES:
+        if replaced or scope in FOR_ANY or (scope != "replaced" and settings.tail_from is not None):
+            count = sum(parameter.numel() for parameter in parameters_in(model, scope, settings.tail_from))
+            metrics.append(Metric(f"trainable_parameters/{scope}", count))
+    return metrics
+
+
+def _time_loads(sources: Sequence[Source], bench: Bench, rig: Rig) -> list[Metric]:
+    """How long each model takes from the disk to the device, others having been there before."""
+    rig = dataclasses.replace(rig, gpu=None, repeats=min(LOADS, rig.repeats))
+
+    def load(source: Source) -> float:
+        seconds = rig.clocked(lambda: load_model(source, bench.dtype, bench.device))
+        give_back(bench.device)
+        return seconds
+
+    works = [lambda source=source: load(source) for source in sources]
+    return [measured.metric("load_seconds") for measured in rig.measure("loading", works, warm_runs=1, runs=1)]
+
+
+def _load(sources: Sequence[Source], dtype: torch.dtype, rig: Rig) -> tuple[list[PreTrainedModel], list[list[Metric]]]:
+    """The models, all on the device, and the peak memory of loading each, with the others elsewhere."""
+    models: list[PreTrainedModel] = []
+    peaks = []
+    for source in sources:
+        for earlier in models:
+            earlier.to("cpu")
+        with peak_memory(rig.device, rig.gpu, "/load") as peak:
+            models.append(load_model(source, dtype, rig.device)[0])
+        peaks.append(peak)
+    for model in models:
+        model.to(rig.device)
+    return models, peaks
+
+
+def _extend(found: Sequence[list[Metric]], more: Sequence[Sequence[Metric]]) -> None:
+    for mine, metrics in zip(found, more, strict=True):
+        mine.extend(metrics)
+
+
+def _unless_of_all(metric: Metric) -> Metric:
+    """A metric that is not the peak of a process with several models, which would be the peak of neither."""
+    if not metric.name.startswith("peak_resident_bytes"):
+        return metric
+    return Metric(metric.name, None, n=0, note="two models are in this process; profile each by itself")
 
 
 def profile_kernels(bench: Bench, problem: KernelProblem, *, again: bool = False) -> RunRecord:

@@ -83,9 +83,10 @@ def plan_of(suite: Suite) -> dict[str, float]:
     for cell in suite.cells:
         heldout = cell.train.heldout_rows * cell.train.row_length * (2 if cell.train.steps else 1)
         questions = sum((each.limit or 250) * len(each.tasks or TASKS) for each in cell.evals)
-        shape = cell.profile.batch * cell.profile.length * (cell.profile.repeats + 1)
+        tokens = sum(point.batch * point.length for point in cell.profile.points)
+        tokens += 3 * len(cell.profile.steps) * cell.profile.batch * cell.profile.length
         work = {"retrofit": 1000, "train": 3 * cell.train.tokens + heldout, "eval-bbh": 600 * questions}
-        work["profile"] = 10 * shape
+        work["profile"] = 3 * tokens * (cell.profile.repeats + 1)
         if cell.spec and cell.spec.needs_calibration:
             steps = cell.spec.start_steps if {"distill", "sequence"} & set(cell.spec.start.split("+")) else 0
             work["retrofit"] = 2 * cell.calibration.tokens + 1000 * steps

@@ -93,6 +93,11 @@ class Anatomy:
         """For every block its feed-forward's place, or why there is none; experts are taken whole."""
         return [self._feedforward(block, True) for block in range(len(self.blocks))]
 
+    def mixers(self, block: int) -> dict[str, bool]:
+        """Path of each part of a block that lets tokens see each other -> whether it is attention."""
+        found = {name: child for name, child in self.blocks[block].named_children() if _mixes_tokens(child)}
+        return {self._path(block, name): _is_attention(child) for name, child in found.items()}
+
     @property
     def _name(self) -> str:
         return type(self.model).__name__
@@ -141,8 +146,7 @@ class Anatomy:
     def _attention(self, block: int) -> list[Site] | str:
         sites = []
         for name, child in self.blocks[block].named_children():
-            takes = inspect.signature(child.forward).parameters
-            if "cache_params" in takes or not any("attention" in taken for taken in takes):  # the first: a state space
+            if not _is_attention(child):
                 continue
             sites += [
                 Site(block, self._path(block, f"{name}.{inner}"), label=f"{name}.{inner}")
@@ -247,6 +251,11 @@ def _chain(module: nn.Module, width: int) -> tuple[str, ...]:
 def _mixes_tokens(module: nn.Module) -> bool:
     takes = [name.replace("hidden_states", "") for name in inspect.signature(module.forward).parameters]
     return any(word in name for name in takes for word in MIXES_TOKENS)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    takes = inspect.signature(module.forward).parameters
+    return "cache_params" not in takes and any("attention" in taken for taken in takes)  # the first: a state space
 
 
 def _needed(module: nn.Module) -> list[str]:

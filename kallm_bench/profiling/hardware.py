@@ -6,9 +6,12 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -105,8 +108,7 @@ def _gpu_state(device: torch.device) -> dict[str, Any]:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        handle = _handle(device)
         facts["driver"] = pynvml.nvmlSystemGetDriverVersion()
         facts["clock_mhz"] = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
         facts["memory_clock_mhz"] = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)
@@ -115,3 +117,164 @@ def _gpu_state(device: torch.device) -> dict[str, Any]:
     except pynvml.NVMLError as error:
         facts["nvml"] = str(error)
     return facts
+
+
+# --- a GPU as NVML knows it -------------------------------------------------------------------------------------------
+
+HELD_DOWN = {
+    0x04: "its power limit",
+    0x08: "the hardware",
+    0x20: "heat",
+    0x40: "heat",
+    0x80: "the power supply",
+}
+"""NVML's bits of what keeps a clock below what was asked for, beyond idling and users' own settings."""
+
+PROBE_BYTES = 512 * 2**20
+"""What is allocated for a moment, to find which of the listed processes is this one."""
+
+
+class Reading(NamedTuple):
+    """A number, or None and why there is none."""
+
+    value: float | None
+    reason: str = ""
+
+
+class Look(NamedTuple):
+    """What NVML said at one moment: memory in use, the GPU's clock, how many processes compute on it.
+
+    Args:
+        device_bytes: of the whole device, whoever holds them.
+        process_bytes: of this process: tensors, what the allocator keeps, the CUDA context, libraries.
+        held_down: what keeps the clock down, values of HELD_DOWN.
+        processes: that compute on the device, this one among them.
+    """
+
+    device_bytes: Reading
+    process_bytes: Reading
+    held_down: frozenset[str]
+    processes: int
+
+
+class Gpu:
+    """What NVML says of one GPU, look by look. Where NVML is missing nothing is raised: readings are None.
+
+    Args:
+        device: a CUDA device.
+
+    Attributes:
+        looks: every Look so far.
+        missing: why nothing can be read; empty where NVML answers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        import pynvml
+
+        self.looks: list[Look] = []
+        self.missing = ""
+        self._nvml = pynvml
+        self._process = os.getpid()
+        # the second is raised where the driver is older than these bindings, and is no NVMLError
+        self._errors = (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError)
+        try:
+            self._gpu = _handle(device)
+        except self._errors as error:
+            self.missing = f"NVML does not answer: {error}"
+            return
+        if self._process not in (listed := self._processes()):  # not yet, or not by this number
+            self._process = self._grown(listed, device)
+
+    def look(self) -> Look:
+        """Looks, and remembers."""
+        held_down = int(self._read("nvmlDeviceGetCurrentClocksThrottleReasons").value or 0)
+        processes = self._processes()
+        found = Look(
+            self._read("nvmlDeviceGetMemoryInfo", lambda info: info.used),
+            self._own(processes),
+            frozenset(reason for bit, reason in HELD_DOWN.items() if held_down & bit),
+            len(processes),
+        )
+        self.looks.append(found)
+        return found
+
+    def joules(self) -> Reading:
+        """Energy that the whole device has taken since its driver was loaded."""
+        return self._read("nvmlDeviceGetTotalEnergyConsumption", lambda millijoules: millijoules / 1000)
+
+    @contextmanager
+    def watched(self, every_seconds: float = 0.2) -> Iterator[None]:
+        """Looks now and then from a thread of its own; not for what is timed."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(every_seconds):
+                self.look()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _read(self, function: str, value: Callable[[Any], float] = float) -> Reading:
+        if self.missing:
+            return Reading(None, self.missing)
+        try:
+            return Reading(value(getattr(self._nvml, function)(self._gpu)))
+        except self._errors as error:
+            return Reading(None, f"NVML does not say: {error}")
+
+    def _processes(self) -> dict[int, int | None]:
+        """Number of each process that computes there -> its bytes, where NVML tells them."""
+        if self.missing:
+            return {}
+        try:
+            listed = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._gpu)
+        except self._errors:
+            return {}
+        return {process.pid: process.usedGpuMemory for process in listed}
+
+    def _own(self, processes: Mapping[int, int | None]) -> Reading:
+        if self.missing:
+            return Reading(None, self.missing)
+        if self._process not in processes:
+            return Reading(None, "NVML does not list this process; in a container it often cannot")
+        used = processes[self._process]
+        return Reading(used, "" if used is not None else "NVML does not say what each process holds")
+
+    def _grown(self, before: Mapping[int, int | None], device: torch.device) -> int:
+        """The process that grows when this one does: inside a container it has another number. 0 where none does."""
+        try:
+            torch.cuda.empty_cache()
+            probe = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            return 0
+        after = self._processes()
+        del probe
+        torch.cuda.empty_cache()
+        grown = [pid for pid, used in after.items() if (used or 0) - (before.get(pid) or 0) >= PROBE_BYTES // 2]
+        return grown[0] if len(grown) == 1 else 0
+
+
+def driver_version() -> str:
+    """Of NVIDIA's driver. DeviceError where NVML does not answer."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        version: str = pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise DeviceError(str(error)) from error
+    return version
+
+
+def _handle(device: torch.device) -> Any:
+    """NVML's handle of a CUDA device, by what never changes; CUDA counts devices in another order."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

@@ -24,11 +24,11 @@ from kallm_bench.profiling.contenders import (
     plain_layer,
     true_layer,
 )
+from kallm_bench.profiling.memory import give_back, is_out_of_memory
 from kallm_bench.profiling.problems import KernelProblem
 from kallm_bench.profiling.replays import (
     Timer,
     first_line,
-    give_back,
     make_timer,
     peak_bytes,
     sample_in_turn,
@@ -156,5 +156,4 @@ def _timings(entry: Entry, samples: Mapping[str, Sequence[float]]) -> list[Metri
 
 
 def _why(error: Exception) -> str:
-    full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-    return "out of memory" if full else first_line(error)
+    return "out of memory" if is_out_of_memory(error) else first_line(error)

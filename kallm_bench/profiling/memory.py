@@ -1,4 +1,10 @@
-"""Peak memory of a piece of work: the process's on a CPU, the tensors' and the allocator's on a GPU."""
+"""Peak memory of a piece of work: the process's on a CPU; on a GPU four figures, each holding more than the last.
+
+Tensors are allocated; the allocator reserves more than they take, and keeps it; the process has the CUDA context and
+libraries beside; the device has other processes too. The first two are peaks that PyTorch knows. NVML tells the others
+of a moment alone: they are the largest of the moments it was asked in, after every run of what is measured, when the
+allocator still holds what that run has needed.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from kallm_bench.profiling.hardware import Gpu
 from kallm_bench.records import Metric
 
 _STATUS = Path("/proc/self/status")
@@ -18,27 +25,65 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[list[Metric]]:
-    """Yields a list that holds the metrics of peak memory when the block is left."""
+def peak_memory(device: torch.device, gpu: Gpu | None = None, part: str = "") -> Iterator[list[Metric]]:
+    """Yields a list that holds the metrics of peak memory when the block is left.
+
+    Args:
+        gpu: where it is looked at in the block, what NVML says is among them.
+        part: stands after the metrics' names, "/prefill".
+    """
     metrics: list[Metric] = []
-    _give_back(device)
+    give_back(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        begin = len(gpu.looks) if gpu else 0
         yield metrics
-        metrics.append(Metric("peak_vram_allocated_bytes", torch.cuda.max_memory_allocated(device)))
-        metrics.append(Metric("peak_vram_reserved_bytes", torch.cuda.max_memory_reserved(device)))
+        metrics.append(Metric(f"peak_vram_allocated_bytes{part}", torch.cuda.max_memory_allocated(device)))
+        metrics.append(Metric(f"peak_vram_reserved_bytes{part}", torch.cuda.max_memory_reserved(device)))
+        if gpu:
+            gpu.look()
+            metrics += _seen(gpu, begin, part)
         return
     reset = _reset_peak()
     yield metrics
     peak = _peak_resident_bytes()
     note = "" if reset else "since the process began: this system cannot reset its peak"
-    metrics.append(Metric("peak_resident_bytes", peak, note=note if peak else "this system does not say"))
+    metrics.append(Metric(f"peak_resident_bytes{part}", peak, note=note if peak else "this system does not say"))
 
 
-def _give_back(device: torch.device) -> None:
+def _seen(gpu: Gpu, begin: int, part: str) -> list[Metric]:
+    """The largest of what NVML said since a look, or why it did not."""
+    found = []
+    for way, readings in (
+        ("process", [look.process_bytes for look in gpu.looks[begin:]]),
+        ("device", [look.device_bytes for look in gpu.looks[begin:]]),
+    ):
+        most = max((reading.value for reading in readings if reading.value is not None), default=None)
+        reason = readings[-1].reason if most is None else ""
+        found.append(Metric(f"peak_vram_{way}_bytes{part}", most, n=len(readings), note=reason))
+    return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def suppressed_lack() -> Iterator[None]:
+    """Ends where memory runs out; other errors pass."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+
+
+def give_back(device: torch.device) -> None:
     """Returns what earlier work has freed and the allocators still hold, so that a peak is that of this work."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

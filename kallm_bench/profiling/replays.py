@@ -178,14 +178,6 @@ def _asked_for(when: str, device: torch.device) -> int:
     return int(torch.cuda.memory_stats(device)[f"requested_bytes.all.{when}"])
 
 
-def give_back(device: torch.device) -> None:
-    """Returns to the device what earlier work has freed."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-
-
 def _settle(device: torch.device) -> None:
     gc.collect()
     torch.cuda.synchronize(device)

@@ -9,9 +9,11 @@ nothing or left out does not raise it: forward once, and gradients where somethi
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,52 +21,126 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kallm_bench.profiling.flops import peak_flops, training_flops
-from kallm_bench.profiling.memory import peak_memory
-from kallm_bench.profiling.throughput import ProfileSettings, timed
-from kallm_bench.progress import Watch, nobody
+from kallm_bench.profiling.flops import limits_of, step_bytes, training_flops
+from kallm_bench.profiling.memory import peak_memory, suppressed_lack
+from kallm_bench.profiling.rig import OUT_OF_MEMORY, Measured, Rig
+from kallm_bench.profiling.room import ADAM_BYTES, too_large
+from kallm_bench.profiling.settings import ProfileSettings, Step
+from kallm_bench.profiling.throughput import fractions
+from kallm_bench.profiling.turns import alone
 from kallm_bench.records import Metric
-from kallm_bench.training import Forward, Rows, apply_scope
+from kallm_bench.training import Forward, Rows, apply_scope, merge
 from kallm_bench.training.data import FIRST, LEARN
 
 WARM_STEPS = 4
-"""Steps before those that count: they compile, record, and fill the optimiser's state. Each has rows of its own."""
+"""Steps on a GPU before those that count: they compile, record, and fill the optimiser's state."""
 
 DOCUMENT, BEARING = 185, 0.3
 """Tokens in a conversation, and the share of them that bears loss, in the chat data of the published experiment."""
 
 
 def measure_training(
-    model: PreTrainedModel, settings: ProfileSettings, autocast: torch.dtype | None = None, watch: Watch = nobody
-) -> list[Metric]:
-    """Throughput, peak memory and MFU of training steps, in each of the settings' ways.
+    models: Sequence[PreTrainedModel], settings: ProfileSettings, rig: Rig, autocast: torch.dtype | None = None
+) -> list[list[Metric]]:
+    """Throughput, peak memory, energy, MFU and fraction of the roofline of training steps, of models in turn.
 
-    Set up as training is: parameters in float32, products in `autocast`. Changes the model's scope and not its weights,
-    since the rate is zero; but the plain way, which comes last, changes their dtype.
+    In each of the settings' ways, and in each of its scopes. Set up as training is: parameters in float32, products in
+    `autocast`. Changes the models' scope and not their weights, since the rate is zero; but the plain way, which comes
+    last, changes their dtype. What does not fit into memory is None, with the reason.
     """
-    learning = apply_scope(model, settings.scope, settings.tail_from)
-    rows = _rows(model, settings)
-    found = []
-    for way in (each for each in STEPS if each in settings.ways):
-        name = "" if way == "ours" else f"/{way}"
-        with peak_memory(model.device) as peak, STEPS[way](model, learning, rows, autocast, settings) as step:
-            for _ in range(WARM_STEPS - 1):
-                step()
-            tokens = settings.batch * settings.length
-            metric = f"train_tokens_per_second{name}"
-            found.append(timed(metric, tokens, step, model.device, settings.repeats, watch))
-        found += [Metric(f"{each.name}{name}", each.value, note=each.note) for each in peak]
-        found.append(_mfu(model, found[-len(peak) - 1], name, rows, autocast))
+    found: list[list[Metric]] = [[] for _ in models]
+    for step in settings.steps:
+        for mine, metrics in zip(found, _measure_step(models, step, settings, rig, autocast), strict=True):
+            mine += metrics
     return found
 
 
-def _mfu(model: PreTrainedModel, speed: Metric, name: str, rows: Rows, autocast: torch.dtype | None) -> Metric:
-    most = peak_flops(model.device, autocast or torch.float32)
-    if most is None:
-        return Metric(f"train_mfu{name}", None, note="no data sheet is known of this device")
-    share = rows.bearing(range(len(rows))) / (len(rows) * rows.tokens.shape[1])
-    assert speed.value is not None
-    return Metric(f"train_mfu{name}", speed.value * training_flops(model, share) / most)
+def no_steps(settings: ProfileSettings, reason: str) -> list[Metric]:
+    """What is told of steps that nobody tried."""
+    return [Metric(f"train_tokens_per_second{step.part}", None, n=0, note=reason) for step in settings.steps]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model that takes steps, in its scope: what learns, and on which rows."""
+
+    model: PreTrainedModel
+    learning: list[nn.Parameter]
+    rows: Rows
+    autocast: torch.dtype | None
+    settings: ProfileSettings
+
+    def ready(self, way: str) -> AbstractContextManager[Callable[[], None]]:
+        """Sets up; what is entered takes a step."""
+        return STEPS[way](self.model, self.learning, self.rows, self.autocast, self.settings)
+
+    def metrics(self, part: str, measured: Measured, peaks: Sequence[Metric], device: torch.device) -> list[Metric]:
+        tokens = self.settings.batch * self.settings.length
+        share = self.rows.bearing(range(len(self.rows))) / (len(self.rows) * self.rows.tokens.shape[1])
+        flops = training_flops(self.model, share)
+        found = [
+            measured.metric(f"train_tokens_per_second{part}", lambda seconds: tokens / seconds),
+            *peaks,
+            Metric(f"train_flops_per_token{part}", flops),
+            measured.joules_per_token(f"train_joules_per_token{part}", tokens),
+        ]
+        dtype = self.autocast or torch.float32
+        return found + fractions(
+            "train", part, measured, tokens * flops, step_bytes(self.model, dtype), limits_of(device, dtype)
+        )
+
+
+def _measure_step(
+    models: Sequence[PreTrainedModel],
+    step: Step,
+    settings: ProfileSettings,
+    rig: Rig,
+    autocast: torch.dtype | None,
+) -> list[list[Metric]]:
+    jobs = [
+        _Job(model, apply_scope(model, step.scope, settings.tail_from), _rows(model, settings), autocast, settings)
+        for model in models
+    ]
+    try:
+        learning = sum(parameter.numel() for job in jobs for parameter in job.learning)
+        if reason := too_large(ADAM_BYTES * learning, rig.device):
+            return [job.metrics(step.part, Measured(reason=reason), [], rig.device) for job in jobs]
+        return _sampled(jobs, step, rig)
+    finally:
+        for model in models:
+            model.zero_grad(set_to_none=True)
+            merge(model, step.scope)
+
+
+def _sampled(jobs: Sequence[_Job], step: Step, rig: Rig) -> list[list[Metric]]:
+    """Steps of all models in turn; the peak memory of each is of steps that it takes alone."""
+    warm_runs = WARM_STEPS if rig.device.type == "cuda" else 2
+    alone_peaks = [_peaks(jobs, number, step, rig, warm_runs) for number in range(len(jobs))] if len(jobs) > 1 else []
+    measured = [Measured(reason=OUT_OF_MEMORY)] * len(jobs)
+    with peak_memory(rig.device, rig.gpu, step.part) as peak, suppressed_lack(), ExitStack() as stack:
+        works = [functools.partial(rig.clocked, stack.enter_context(job.ready(step.way))) for job in jobs]
+        measured = rig.measure(f"training, {step.scope}, {step.way}", works, warm_runs, runs=1)
+    return [
+        job.metrics(step.part, each, peaks if each.seconds else [], rig.device)
+        for job, each, peaks in zip(jobs, measured, alone_peaks or [peak], strict=True)
+    ]
+
+
+def _peaks(jobs: Sequence[_Job], number: int, step: Step, rig: Rig, steps: int) -> list[Metric]:
+    """Peak memory of some steps of one model, with the others elsewhere."""
+    job = jobs[number]
+    models = [each.model for each in jobs]
+    with (
+        alone(models, number),
+        peak_memory(rig.device, rig.gpu, step.part) as peak,
+        suppressed_lack(),
+        job.ready(step.way) as take,
+    ):
+        for _ in range(steps):
+            rig.clocked(take)
+        if rig.gpu:
+            rig.gpu.look()
+    return peak
 
 
 def _rows(model: PreTrainedModel, settings: ProfileSettings) -> Rows:
@@ -93,13 +169,13 @@ def _ours(
                 forward.fill(forward.batch(rows, numbers))
             forward.settle()
         forward.train(True)
-        batches = _batches(rows, settings)
+        batches = itertools.cycle(_batches(rows, settings))
         following = next(batches)
 
         def step() -> None:
             nonlocal following
             batch = forward.batch(rows, following)
-            following = next(batches, following)
+            following = next(batches)
             forward.prefetch(rows, following)
             loss, count = forward.loss_sum(batch)
             torch.autograd.backward(loss / count)
@@ -120,7 +196,7 @@ def _plain(
 ) -> Iterator[Callable[[], None]]:
     model.to(autocast or torch.float32).train()
     optimiser = torch.optim.AdamW(learning, lr=0.0, weight_decay=0.0)
-    batches = _batches(rows, settings)
+    batches = itertools.cycle(_batches(rows, settings))
 
     def step() -> None:
         batch = rows.batch(next(batches), model.device)
@@ -131,8 +207,10 @@ def _plain(
         optimiser.step()
         optimiser.zero_grad()
 
-    yield step
-    model.eval()
+    try:
+        yield step
+    finally:
+        model.eval()
 
 
 STEPS: dict[str, Callable[..., AbstractContextManager[Callable[[], None]]]] = {

@@ -70,8 +70,10 @@ METRICS: dict[str, MetricKind] = {
     ),
     "bearing_share": MetricKind("fraction", "", "of the positions of training rows, those that bear loss"),
     "train_mfu": MetricKind("fraction", "higher", "those FLOP a second, over what the GPU's data sheet promises"),
-    "peak_resident_bytes": MetricKind("bytes", "lower", "largest resident memory of the process while it trains"),
-    "peak_vram_allocated_bytes": MetricKind("bytes", "lower", "largest GPU memory held by tensors while it trains"),
+    "peak_resident_bytes": MetricKind("bytes", "lower", "largest resident memory in training, or in the phase named"),
+    "peak_vram_allocated_bytes": MetricKind(
+        "bytes", "lower", "largest GPU memory held by tensors in training, or in the phase named"
+    ),
     "peak_vram_reserved_bytes": MetricKind(
         "bytes", "lower", "largest GPU memory held by the allocator, which also keeps what CUDA graphs use"
     ),
@@ -83,6 +85,35 @@ METRICS: dict[str, MetricKind] = {
     "saved_bytes": MetricKind("bytes", "lower", "kept from forward for backward, beyond input, output and parameters"),
     "peak_bytes": MetricKind("bytes", "lower", "most GPU memory in forward and backward, beyond input and parameters"),
     "relative_error": MetricKind("relative", "lower", "norm of the miss of float64's output or gradient, the largest"),
+    "prefill_seconds": MetricKind("s", "lower", "a forward pass over all prompts: what the first new token waits for"),
+    "decode_seconds": MetricKind("s", "lower", "one more token of every sequence, mean over the tokens of a run"),
+    "prefill_joules_per_token": MetricKind(
+        "J/token", "lower", "by NVML's counter of the whole GPU's energy, over at least two seconds"
+    ),
+    "decode_joules_per_token": MetricKind("J/token", "lower", "the same, a new token, less what the prompts take"),
+    "train_joules_per_token": MetricKind("J/token", "lower", "the same, of a training step"),
+    "prefill_mfu": MetricKind(
+        "fraction", "higher", "the products' FLOP a second, the head's where it is needed, over the data sheet's"
+    ),
+    "decode_mfu": MetricKind("fraction", "higher", "the same of decoding"),
+    "prefill_roofline": MetricKind(
+        "fraction", "higher", "the longer of those FLOP's time and the least bytes' by the data sheet, over the time"
+    ),
+    "decode_roofline": MetricKind("fraction", "higher", "the same of decoding: weights and cache, read at each step"),
+    "train_roofline": MetricKind("fraction", "higher", "the same of a training step: weights, gradients and moments"),
+    "peak_vram_process_bytes": MetricKind(
+        "bytes", "lower", "largest GPU memory of the process that NVML told, the CUDA context included"
+    ),
+    "peak_vram_device_bytes": MetricKind("bytes", "lower", "the same of the whole device, whoever holds it"),
+    "prefill_part_seconds": MetricKind(
+        "s", "lower", "a part's share of a prefill, all blocks together; marks between the parts take time too"
+    ),
+    "decode_part_seconds": MetricKind("s", "lower", "the same of one step of decoding"),
+    "part_parameters": MetricKind("parameters", "lower", "values of a part; a tied embedding is the head's"),
+    "part_flops_per_token": MetricKind("FLOP/token", "lower", "those of flops_per_token that a part does"),
+    "ratio": MetricKind("times", "", "a profile's figure over that of the model measured in turn with it"),
+    "ratio_low": MetricKind("times", "", "lower end of its 95 % interval over rounds"),
+    "ratio_high": MetricKind("times", "", "upper end of its 95 % interval over rounds"),
 }
 """Keyed by name. A name may carry a part after a slash: "accuracy/snarks" is the accuracy on that task."""
 
