@@ -21,10 +21,15 @@ ASKED = {"protocol": "chat", "tasks": ["navigate", "snarks"], "max_new_tokens": 
 class Bench:
     """Writes records as stages would, with the figures a test asks for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = "r") -> None:
+        self.prefix = prefix
         self.store = ResultsStore(folder)
         self.testbed = self.store.testbed(MACHINE)
         self.count = 0
+
+    def _id(self) -> str:
+        """Of the newest record."""
+        return f"{self.prefix}{self.count:04d}"
 
     def record(
         self, stage: str, arm: str, seed: int, settings: dict[str, Any], metrics: list[Metric], **rest: Any
@@ -33,7 +38,7 @@ class Bench:
         samples = rest.pop("samples", None)
         self.store.write(
             RunRecord(
-                id=f"r{self.count:04d}",
+                id=self._id(),
                 stage=stage,
                 suite="try",
                 arm=arm,
@@ -63,7 +68,7 @@ class Bench:
             metrics = [Metric("replaced_parameters", replaced)]
             settings = {"spec": spec | {"seed": seed}, "weights": base}
             self.record("retrofit", name, seed, settings, metrics, model={"fingerprint": made})
-        parents = (f"r{self.count:04d}",) if spec else ()
+        parents = (self._id(),) if spec else ()
         losses = [
             Metric("heldout_loss", loss, n=500),
             Metric("trained_tokens", 8192 if spec else 0),
@@ -77,7 +82,7 @@ class Bench:
             Metric("guessing_accuracy", 0.5, n=8),
             Metric("majority_accuracy", 0.55, n=8),
         ]
-        about = {"data": {"source": "procedural", "fingerprint": "q"}, "parents": (f"r{self.count:04d}",)}
+        about = {"data": {"source": "procedural", "fingerprint": "q"}, "parents": (self._id(),)}
         self.record("eval-bbh", name, seed, ASKED | {"weights": trained}, accuracy, samples=samples, **about)
         measured = [Metric("parameters", 134_515_008), Metric("decode_tokens_per_second", 75.4, n=3, note="spread 8%")]
         self.record("profile", name, seed, {"batch": 4, **PLACE, "weights": trained}, measured)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from kallm_bench.records.statistics import Interval, resampled
 
@@ -84,7 +84,7 @@ def compare(ours: Answers, theirs: Answers, replicates: int = 10_000, seed: int 
     return Comparison(
         difference=float(np.mean([each.mean() for each in apart])),
         interval=(max(float(low), -1.0), min(float(high), 1.0)),
-        detectable=float((stats.norm.ppf(0.975) + stats.norm.ppf(POWER)) * draws.std()),
+        detectable=float((special.ndtri(0.975) + special.ndtri(POWER)) * draws.std()),
         equivalent=bool(least > -MARGIN and most < MARGIN),
         mcnemar=tuple(
             mcnemar(_seed(ours, mine), _seed(theirs, other))
@@ -103,6 +103,8 @@ def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
     Source:
         McNemar 1947, Psychometrika 12; exact by the binomial distribution.
     """
+    from scipy import stats  # takes half a second to import, which reports that compare nothing need not wait for
+
     gained, lost = int(np.sum(ours > theirs)), int(np.sum(ours < theirs))
     return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
@@ -119,6 +121,8 @@ def sign_flip(ours: np.ndarray, theirs: np.ndarray) -> float:
     Source:
         Fisher 1935, "The Design of Experiments", §21.
     """
+    from scipy import stats
+
     whole = ours.astype(int).sum(axis=0) * len(theirs) - theirs.astype(int).sum(axis=0) * len(ours)  # (questions,)
     chances = np.ones(1)  # of the sum of the sizes whose sign is positive
     for size, count in zip(*np.unique(np.abs(whole[whole != 0]), return_counts=True), strict=True):
@@ -143,7 +147,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 def _mean(answers: np.ndarray) -> np.ndarray:
     """(seeds, questions) -> (questions,)"""
-    return np.asarray(answers, dtype=float).mean(axis=0)
+    mean: np.ndarray = np.asarray(answers, dtype=float).mean(axis=0)
+    return mean
 
 
 def _seed(answers: Answers, number: int) -> np.ndarray:

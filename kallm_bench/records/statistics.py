@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 Interval = tuple[float, float]
 
@@ -14,9 +15,10 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval | No
     """Student's t-interval of the mean over seeds; None for fewer than two values, which say nothing of spread."""
     if len(values) < 2:
         return None
-    half = stats.sem(values) * stats.t.ppf((1 + level) / 2, len(values) - 1)
+    standard_error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = standard_error * float(special.stdtrit(len(values) - 1, (1 + level) / 2))
     mean = float(np.mean(values))
-    return mean - float(half), mean + float(half)
+    return mean - half, mean + half
 
 
 def difference_interval(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
@@ -32,6 +34,8 @@ def difference_interval(ours: Mapping[int, float], theirs: Mapping[int, float]) 
         return None
     if set(ours) == set(theirs):
         return mean_interval([ours[seed] - theirs[seed] for seed in sorted(ours)])
+    from scipy import stats  # takes half a second to import, which a report without comparisons need not wait for
+
     found = stats.ttest_ind(list(ours.values()), list(theirs.values()), equal_var=False).confidence_interval()
     return float(found.low), float(found.high)
 
