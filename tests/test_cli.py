@@ -18,7 +18,7 @@ import torch
 from conftest import Run
 from transformers import dynamic_module_utils
 
-from kallm_bench import cli
+import kallm_bench
 from kallm_bench.models import load_model, save_checkpoint
 from kallm_bench.records import ResultsStore
 
@@ -194,7 +194,7 @@ def test_what_a_model_is_told_by_enters_its_key(home: Path, kallm: Run) -> None:
 
 def test_a_stopped_suite_goes_on_where_it_was(home: Path) -> None:
     """SIGINT as soon as a stage is under way: exit 130, nothing half-written, and the next run does the rest."""
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(kallm_bench.__file__).parent.parent)}
     command = [sys.executable, "-m", "kallm_bench.cli", "run", "small.toml"]
     (home / "small.toml").write_text(SUITE.replace("tokens = 256", "tokens = 2048").replace("limit = 2", "limit = 40"))
     for sign in ("linear seed 0 train, training", "kan seed 0 eval-bbh, questions"):

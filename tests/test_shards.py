@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from kallm_bench import engine
+from kallm_bench.engine import retrofitting
 from kallm_bench.errors import CheckpointError, KallmError
 from kallm_bench.files import DiskError
 from kallm_bench.models import (
@@ -272,7 +273,7 @@ def test_a_retrofit_loads_nothing_it_does_not_need(bench, sharded, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("loaded whole")
 
-    monkeypatch.setattr(engine, "load_model", refuse)
+    monkeypatch.setattr(retrofitting, "load_model", refuse)
     monkeypatch.setattr(Weights, "read", refuse)
     record, folder = made(bench, sharded, SPECS["stack"])
     values = {metric.name: metric.value for metric in record.metrics}

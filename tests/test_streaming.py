@@ -17,6 +17,7 @@ from torch import nn
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 from kallm_bench import engine
+from kallm_bench.engine import retrofitting
 from kallm_bench.errors import CheckpointError
 from kallm_bench.filing import Bench, find_ref
 from kallm_bench.models import (
@@ -333,7 +334,7 @@ def test_a_command_streams(
         loaded.append(args)
         return load_model(*args)
 
-    monkeypatch.setattr(engine, "load_model", noted)
+    monkeypatch.setattr(retrofitting, "load_model", noted)
     values, weights = [], []
     for streams in (True, False):
         monkeypatch.setattr(Original, "streams", streams)

@@ -1,0 +1,140 @@
+"""One arm and seed of a suite: asked beforehand whether it can be, then run from stage to stage."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+from transformers import PreTrainedConfig
+
+from kallm_bench.bbh.questions import load_questions
+from kallm_bench.engine.costs import profile
+from kallm_bench.engine.cutting import cut_model
+from kallm_bench.engine.data import data_of
+from kallm_bench.engine.lessons import Lessons
+from kallm_bench.engine.questions import answerable, eval_bbh
+from kallm_bench.engine.retrofitting import retrofit
+from kallm_bench.engine.training import train_model
+from kallm_bench.filing import Bench, ModelRef, find_ref, ref_after
+from kallm_bench.models import (
+    CalibrationSettings,
+    CutSettings,
+    KANSpec,
+    complete_spec,
+    cut_config,
+    load_config,
+    load_tokenizer,
+    parameters_of,
+    skeleton_of,
+    specs_of,
+)
+from kallm_bench.records import RunRecord
+from kallm_bench.suites import Cell
+from kallm_bench.training import check_scope, find_texts, make_curriculum, tokenizer_fingerprint
+
+
+def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None) -> list[RunRecord]:
+    """Runs what of a cell is not done yet: retrofit, training, questions, profile; returns the record of each.
+
+    The weights between retrofit and training may be gone once training is done; trained weights that are gone are
+    trained again.
+    """
+    bench = dataclasses.replace(bench, arm=cell.arm, seed=cell.seed)
+    ref = find_ref(cell.model)
+    records = []
+    begin(part_of(cell, "retrofit"))
+    if cell.cut.cuts:
+        ref = _cut_ref(bench, ref, cell.cut)
+    start = ref
+    if (wanted := spec_of(cell, ref)) is not None:
+        spec, text = wanted, _calibration_of(cell)
+        records.append(retrofit(bench, start, spec, calibration=text, weights_needed=False))
+        ref = ref_after(records[-1], start, remake=lambda: retrofit(bench, start, spec, calibration=text))
+    if "train" in cell.stages:
+        begin(part_of(cell, "train"))
+        records.append(train_model(bench, ref, cell.train, lessons=_lessons_of(cell, start)))
+        ref = ref_after(records[-1], ref)
+    if "eval-bbh" in cell.stages:
+        begin(part_of(cell, "eval-bbh"))
+        records.append(eval_bbh(bench, ref, cell.eval))
+    if "profile" in cell.stages:
+        begin(part_of(cell, "profile"))
+        records.append(profile(bench, ref, cell.profile))
+    return records
+
+
+def _cut_ref(bench: Bench, ref: ModelRef, settings: CutSettings) -> ModelRef:
+    """What a suite's arms start from where it cuts the model first; one record for all of them."""
+    bench = dataclasses.replace(bench, arm="", seed=0)
+    record = cut_model(bench, ref, settings, weights_needed=False)
+    made = ref_after(record, ref, remake=lambda: cut_model(bench, ref, settings))
+    return dataclasses.replace(made, base={})  # replaced modules come back from here, not from the whole model
+
+
+def spec_of(cell: Cell, ref: ModelRef, config: PreTrainedConfig | None = None) -> KANSpec | None:
+    """A cell's spec; with as many parameters as another arm's modules where it says so.
+
+    Args:
+        config: of the model, where that is not what `ref` opens.
+    """
+    if cell.spec is None or cell.match is None:
+        return cell.spec
+    config = config or load_config(ref.open())
+    return dataclasses.replace(cell.spec, params=parameters_of(config, complete_spec(config, cell.match)))
+
+
+def _lessons_of(cell: Cell, ref: ModelRef) -> Lessons:
+    """Of a cell whose model is `ref`."""
+    return Lessons(cell.curriculum, cell.distillation, ref if cell.cut.cuts else None).of(ref)
+
+
+def config_of(cell: Cell, ref: ModelRef) -> PreTrainedConfig:
+    """Of the model that a cell replaces parts of, which `ref` opens before it is cut."""
+    config = load_config(ref.open())
+    return cut_config(config, cell.cut.blocks) if cell.cut.cuts else config
+
+
+def _calibration_of(cell: Cell) -> CalibrationSettings | None:
+    return cell.calibration if cell.spec and cell.spec.needs_calibration else None
+
+
+def check_cell(cell: Cell) -> None:
+    """Asks of every stage of a cell whether it can be, before the first one runs. Raises what that stage would."""
+    ref = find_ref(cell.model)
+    config = config_of(cell, ref)
+    if cell.cut.data:
+        find_texts(cell.cut.data)
+    if spec := spec_of(cell, ref, config):
+        spec = complete_spec(config, spec)
+    if text := _calibration_of(cell):
+        data_of(text)
+    replaced = bool(cell.spec or specs_of(config))
+    if cell.train.steps and "train" in cell.stages:
+        check_scope(cell.train.scope, replaced=replaced, tail_from=cell.train.tail_from)
+        lessons = _lessons_of(cell, ref)
+        lessons.check(cell.train)
+        _check_lessons(cell, lessons, config, spec)
+    if cell.profile.scope != "none" and "profile" in cell.stages:
+        check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
+    tokenizer_fingerprint(load_tokenizer(ref.open()))
+    if "train" in cell.stages:
+        data_of(cell.train)
+    if "eval-bbh" in cell.stages:
+        answerable(cell.eval.protocol)
+        load_questions(cell.eval.source, cell.eval.tasks, cell.eval.limit, cell.eval.questions_seed)
+
+
+def _check_lessons(cell: Cell, lessons: Lessons, config: PreTrainedConfig, spec: KANSpec | None) -> None:
+    """Asks a model without values whether it can have a cell's curriculum."""
+    if not lessons.curriculum.active:
+        return
+    config = copy.deepcopy(config)
+    if spec:
+        config.kallm = [*(getattr(config, "kallm", None) or []), spec.to_json()]
+    base = skeleton_of(config_of(cell, lessons.base)) if lessons.base else None
+    make_curriculum(skeleton_of(config), lessons.curriculum, cell.train, base)
+
+
+def part_of(cell: Cell, stage: str) -> str:
+    return f"{cell.arm} seed {cell.seed} {stage}"

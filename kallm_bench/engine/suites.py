@@ -1,0 +1,74 @@
+"""All cells of a suite, one after the other, and how much work they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kallm_bench.bbh.tasks import TASKS
+from kallm_bench.engine.cells import check_cell, part_of, run_cell
+from kallm_bench.engine.costs import profile_kernels
+from kallm_bench.errors import KallmError
+from kallm_bench.files import check_writable
+from kallm_bench.filing import Bench
+from kallm_bench.profiling import KernelProblem
+from kallm_bench.records import RunRecord
+from kallm_bench.suites import Suite
+
+
+class Ran(NamedTuple):
+    """What a suite's run came to: the records of the cells that ended well, and "arm, seed 0" -> why of the others."""
+
+    records: list[RunRecord]
+    failures: dict[str, str]
+
+
+def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda part: None) -> Ran:
+    """Runs every cell that is not done; one that fails does not stop the others.
+
+    Raises:
+        KallmError: some cell can never be, as check_cell says; then nothing is run.
+    """
+    bench = dataclasses.replace(bench, suite=suite.name)
+    check_writable(bench.runs)
+    bench.watch("checking the suite", 0, 1)
+    for cell in suite.cells:
+        try:
+            check_cell(cell)
+        except KallmError as error:
+            raise type(error)(f"arm '{cell.arm}': {error}") from error
+    ran = Ran([], {})
+    for cell in suite.cells:
+        try:
+            ran.records.extend(run_cell(bench, cell, begin))
+        except KallmError as error:
+            ran.failures[f"{cell.arm}, seed {cell.seed}"] = str(error)
+    for problem in suite.kernels:
+        begin(problem.arm)
+        try:
+            ran.records.append(profile_kernels(bench, problem))
+        except KallmError as error:
+            ran.failures[problem.arm] = str(error)
+    return ran
+
+
+def plan_of(suite: Suite) -> dict[str, float]:
+    """How much work each stage of each cell is, in tokens forwarded; enough to tell how long the rest will take."""
+    plan = {}
+    for cell in suite.cells:
+        heldout = cell.train.heldout_rows * cell.train.row_length * (2 if cell.train.steps else 1)
+        questions = (cell.eval.limit or 250) * len(cell.eval.tasks or TASKS)
+        shape = cell.profile.batch * cell.profile.length * (cell.profile.repeats + 1)
+        work = {"retrofit": 1000, "train": 3 * cell.train.tokens + heldout, "eval-bbh": 600 * questions}
+        work["profile"] = 10 * shape
+        if cell.spec and cell.spec.needs_calibration:
+            steps = cell.spec.start_steps if {"distill", "sequence"} & set(cell.spec.start.split("+")) else 0
+            work["retrofit"] = 2 * cell.calibration.tokens + 1000 * steps
+        plan.update({part_of(cell, stage): float(work[stage]) for stage in cell.stages})
+    return plan | plan_of_kernels(suite.kernels)
+
+
+def plan_of_kernels(problems: Sequence[KernelProblem]) -> dict[str, float]:
+    """The same of problems for layers alone: compiling takes most of the time, and the same for each contender."""
+    return {problem.arm: 10_000.0 * len(problem.contenders) for problem in problems}
