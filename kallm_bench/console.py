@@ -260,8 +260,7 @@ def _show_parts(record: RunRecord) -> None:
 
 
 def _written(metric: Metric) -> str:
-    from kallm_bench.reporting import written
-    from kallm_bench.reporting.tables import Figure
+    from kallm_bench.reporting import Figure, written
 
     return "not measured" if metric.value is None else written(metric.name, Figure(metric.value))
 

@@ -1,4 +1,4 @@
-"""How long reports take: `python tests/benchmark_report.py [FOLDER]` makes 10,000 records there and times `kallm report`.
+"""How long reports take: `python tests/benchmark_report.py [FOLDER]` makes 10,000 records and times `kallm report`.
 
 The records are those of 25 suites with 25 arms and 4 seeds each, retrofit, train, eval-bbh and profile; each evaluation
 is of 216 questions of 27 tasks. The first report reads every answer; later ones remember what followed from them.

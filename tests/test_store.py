@@ -158,10 +158,7 @@ def stores_of_eight_machines(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("merges", [25, pytest.param(1000, marks=pytest.mark.long)])
-def test_merging_in_any_order_gives_the_same_reports(
-    tmp_path: Path, merges: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KALLM_CACHE", str(tmp_path / "cache"))
+def test_merging_in_any_order_gives_the_same_reports(tmp_path: Path, merges: int) -> None:
     parts, generator = stores_of_eight_machines(tmp_path / "parts"), np.random.default_rng(0)
     reports = set()
     for merged in _merged(parts, tmp_path / "merged", merges, generator):

@@ -74,6 +74,15 @@ METRICS: dict[str, MetricKind] = {
     "timing_spread": MetricKind("fraction", "lower", "range of the samples over their median, the larger of both"),
     "saved_bytes": MetricKind("bytes", "lower", "kept from forward for backward, beyond input, output and parameters"),
     "peak_bytes": MetricKind("bytes", "lower", "most GPU memory in forward and backward, beyond input and parameters"),
+    "accuracy_difference": MetricKind("points", "higher", "accuracy less the reference's; interval over questions"),
+    "detectable_difference": MetricKind("points", "lower", "the smallest that these questions show four times in five"),
+    "heldout_loss_difference": MetricKind("nats/token", "lower", "less the reference's; interval over seeds"),
+    "class_loss_difference": MetricKind("nats/text", "lower", "less the reference's; interval over seeds"),
+    "parameters_to_reference": MetricKind("times", "lower", "parameters over the reference's"),
+    "prefill_to_reference": MetricKind("times", "higher", "prefill_tokens_per_second over the reference's"),
+    "decode_to_reference": MetricKind("times", "higher", "decode_tokens_per_second over the reference's"),
+    "train_to_reference": MetricKind("times", "higher", "train_tokens_per_second over the reference's"),
+    "memory_to_reference": MetricKind("times", "lower", "peak memory of training over the reference's"),
     "relative_error": MetricKind("relative", "lower", "norm of the miss of float64's output or gradient, the largest"),
 }
 """Keyed by name. A name may carry a part after a slash: "accuracy/snarks" is the accuracy on that task."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections import defaultdict
@@ -20,10 +21,21 @@ BELOW_CHANCE = "‡"
 
 @dataclass(frozen=True)
 class Arm:
-    """Records of one arm that belong together: for each stage one a seed, of equal settings and one line of weights."""
+    """Records of one arm that belong together: for each stage one a seed, of equal settings and one line of weights.
+
+    Args:
+        base: fingerprint of the weights that all of it began from.
+        number: 1, 2, … where several arms go by this name, else 0.
+    """
 
     name: str
     stages: dict[str, list[RunRecord]]
+    base: str = ""
+    number: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.number})" if self.number else self.name
 
     @property
     def specs(self) -> list[dict[str, Any]]:
@@ -88,8 +100,9 @@ def variants(name: str, records: Sequence[RunRecord], known: Mapping[str, RunRec
         for answers in [[each] for each in asked.values()] or [[]]:
             line = [*base, *answers, *profiled]
             of_seed = [*_retrofits(line or list(newest.values()), known), *line]
-            found[_signature(of_seed)].append(of_seed)
-    return [arm for seeds in found.values() if (arm := _arm(name, seeds)).measured]
+            found[_signature(of_seed) + _base(of_seed, known)].append(of_seed)
+    arms = [arm for seeds in found.values() if (arm := _arm(name, seeds, known)).measured]
+    return [dataclasses.replace(arm, number=number if len(arms) > 1 else 0) for number, arm in enumerate(arms, start=1)]
 
 
 def _weights(newest: Mapping[str, RunRecord]) -> str | None:
@@ -110,11 +123,21 @@ def _retrofits(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> 
     return []
 
 
-def _arm(name: str, seeds: list[list[RunRecord]]) -> Arm:
+def _base(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> str:
+    """The weights that the first stage of all began from; empty where that has no record here."""
+    record = records[0]
+    while record.parents:
+        if record.parents[0] not in known:
+            return ""
+        record = known[record.parents[0]]
+    return str(record.settings.get("weights", ""))
+
+
+def _arm(name: str, seeds: list[list[RunRecord]], known: Mapping[str, RunRecord]) -> Arm:
     stages: dict[str, list[RunRecord]] = defaultdict(list)
     for record in itertools.chain.from_iterable(seeds):
         stages[record.stage].append(record)
-    return Arm(name, dict(stages))
+    return Arm(name, dict(stages), _base(seeds[0], known))
 
 
 def _signature(records: Sequence[RunRecord]) -> str:

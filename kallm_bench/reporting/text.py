@@ -1,24 +1,33 @@
-"""Tables as text: markdown for people, CSV for programs."""
+"""Tables as text: markdown for people, CSV for spreadsheets."""
 
 from __future__ import annotations
 
 import csv
 import io
 import itertools
-import json
 from collections.abc import Callable, Sequence
 
 from kallm_bench.records import kind_of
 from kallm_bench.reporting.published import PUBLISHED, PUBLISHED_NOTE
-from kallm_bench.reporting.tables import STAGE_COLUMNS, Figure, Row, Table
+from kallm_bench.reporting.rows import STAGE_COLUMNS
+from kallm_bench.reporting.table import Figure, Row, Table
 
 
 def written(metric: str, figure: Figure) -> str:
     """A figure as a reader wants it: 125.67M, 43.8 % [40.1, 47.5], 2.391 [2.379, 2.403], 1.90 GiB, 1,234."""
     form = _FORMS_OF.get(metric.partition("/")[0]) or _FORMS.get(kind_of(metric).unit, "{:.3f}".format)
-    ends = [form(end).removesuffix(" %") for end in figure.interval or ()]
-    interval = f" [{', '.join(ends)}]" if len(set(ends)) == 2 else ""
-    return form(figure.value) + interval + (f" {figure.mark}" if figure.mark else "")
+    return form(figure.value) + _spread(figure, form) + (f" {figure.mark}" if figure.mark else "")
+
+
+def _spread(figure: Figure, form: Callable[[float], str]) -> str:
+    """The interval in brackets; of the samples of one run, half their range as a share of the value."""
+    if figure.interval is None:
+        return ""
+    low, high = figure.interval
+    if figure.over == "samples":
+        return f" ± {50 * (high - low) / figure.value:.0f} %" if figure.value and high > low else ""
+    ends = [form(end).removesuffix(" %") for end in (low, high)]
+    return f" [{', '.join(ends)}]" if ends[0] != ends[1] else ""
 
 
 _FORMS: dict[str, Callable[[float], str]] = {
@@ -31,6 +40,7 @@ _FORMS: dict[str, Callable[[float], str]] = {
     "s": lambda value: f"{value:.2f} s",
     "fraction of variance": "{:.3f}".format,
     "times": "{:.2f}".format,
+    "points": "{:+.1f}".format,
 }
 
 
@@ -48,6 +58,9 @@ _FORMS_OF: dict[str, Callable[[float], str]] = {
     "saved_bytes": _mebibytes,
     "peak_bytes": _mebibytes,
     "relative_error": "{:.1e}".format,
+    "detectable_difference": "{:.1f}".format,
+    "heldout_loss_difference": "{:+.3f}".format,
+    "class_loss_difference": "{:+.3f}".format,
 }
 """Of metrics whose unit stands in the heading of their column."""
 
@@ -60,11 +73,13 @@ def grid(table: Table) -> list[list[str]]:
             [row.name if row.name != before else "", row.what, *(_text(row, metric) for metric in table.metrics)]
             for before, row in zip(problems[:-1], table.rows, strict=True)
         ]
-    header = ["arm", "what", "seeds", *table.headings]
-    return [header] + [
-        [row.name, row.what, str(row.seeds or ""), *(_text(row, metric) for metric in table.metrics)]
-        for row in table.rows
-    ]
+    about = ["arm", *([] if table.kind == "differences" else ["what"]), "seeds"]
+    lines = [[*about, *table.words, *table.headings]]
+    for row in table.rows:
+        told = {"arm": row.label, "what": row.what, "seeds": str(row.seeds or "")}
+        words = [row.words.get(name, "–") for name in table.words]
+        lines.append([*(told[name] for name in about), *words, *(_text(row, metric) for metric in table.metrics)])
+    return lines
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
@@ -84,48 +99,25 @@ def to_markdown(tables: Sequence[Table]) -> str:
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """All rows of all tables as plain numbers: value, low and high of each metric, with its unit in the heading."""
+    """All rows of all tables, as plain numbers: value, low and high of each metric, with its unit in the heading."""
     metrics = [metric for _, metric, _ in STAGE_COLUMNS]
     metrics += sorted({metric for table in tables for metric in table.metrics} - set(metrics))
+    words = list(dict.fromkeys(name for table in tables for name in table.words))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     headings = [f"{metric} ({kind_of(metric).unit})" for metric in metrics]
     ends = [(heading, f"{heading} low", f"{heading} high") for heading in headings]
-    writer.writerow(["suite", "testbed", "table", "arm", "what", "seeds", *itertools.chain.from_iterable(ends)])
+    about = ["suite", "testbed", "table", "arm", "what", "seeds", *words]
+    writer.writerow([*about, *itertools.chain.from_iterable(ends)])
     for table in tables:
         for row in table.rows:
             cells: list[float | str] = []
             for metric in metrics:
                 figure = row.figures.get(metric)
                 cells += [figure.value, *(figure.interval or ("", ""))] if figure else ["", "", ""]
-            writer.writerow([table.suite, table.testbed, table.kind, row.name, row.what, row.seeds or "", *cells])
+            told = [table.suite, table.testbed, table.kind, row.label, row.what, row.seeds or ""]
+            writer.writerow([*told, *(row.words.get(name, "") for name in words), *cells])
     return buffer.getvalue()
-
-
-def to_json(tables: Sequence[Table]) -> str:
-    """All rows of all tables, with their notes; values in the units of the table of metrics."""
-    data = [
-        {
-            "suite": table.suite,
-            "testbed": table.testbed,
-            "table": table.kind,
-            "rows": [
-                {
-                    "arm": row.name,
-                    "what": row.what,
-                    "seeds": row.seeds,
-                    "figures": {
-                        metric: {"value": figure.value, "unit": kind_of(metric).unit, "interval": figure.interval}
-                        for metric, figure in row.figures.items()
-                    },
-                }
-                for row in table.rows
-            ],
-            "notes": table.notes,
-        }
-        for table in tables
-    ]
-    return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def _text(row: Row, metric: str) -> str:
