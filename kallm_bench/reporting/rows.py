@@ -112,13 +112,14 @@ def _tasks(records: Sequence[RunRecord]) -> dict[str, TaskScore]:
 
 
 def _above(accuracy: float, questions: int, guessing: float) -> float:
-    """How likely guessing is to be right as often; of several seeds' mean, as if it were one seed's."""
+    """How likely guessing is to be right as often; of several seeds' mean, as if it were one seed's.
+
+    Where nothing is there to choose from, guessing is never right, and being above it is no feat: 1.
+    """
     from scipy import special
 
     right = int(accuracy * questions + 1e-6)
-    if not right:
-        return 1.0
-    return float(special.bdtrc(right - 1, questions, guessing)) if guessing > 0 else 0.0
+    return float(special.bdtrc(right - 1, questions, guessing)) if right and guessing else 1.0
 
 
 def _curves(records: Sequence[RunRecord]) -> Iterable[Curve]:

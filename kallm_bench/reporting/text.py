@@ -14,9 +14,14 @@ from kallm_bench.reporting.table import Figure, Row, Table
 
 
 def written(metric: str, figure: Figure) -> str:
-    """A figure as a reader wants it: 125.67M, 43.8 % [40.1, 47.5], 2.391 [2.379, 2.403], 1.90 GiB, 1,234."""
+    """A figure as a reader wants it: 125.67M, 43.8 % [40.1, 47.5], 2.391 [2.379, 2.403], 1.90 GiB, 1,234 ± 2 %."""
+    return " ".join(part for part in parts(metric, figure) if part)
+
+
+def parts(metric: str, figure: Figure) -> tuple[str, str, str]:
+    """The value, what is known of its uncertainty, and the mark; the last two may be empty."""
     form = _FORMS_OF.get(metric.partition("/")[0]) or _FORMS.get(kind_of(metric).unit, "{:.3f}".format)
-    return form(figure.value) + _spread(figure, form) + (f" {figure.mark}" if figure.mark else "")
+    return form(figure.value), _spread(figure, form), figure.mark
 
 
 def _spread(figure: Figure, form: Callable[[float], str]) -> str:
@@ -25,9 +30,9 @@ def _spread(figure: Figure, form: Callable[[float], str]) -> str:
         return ""
     low, high = figure.interval
     if figure.over == "samples":
-        return f" ± {50 * (high - low) / figure.value:.0f} %" if figure.value and high > low else ""
+        return f"± {50 * (high - low) / figure.value:.0f} %" if figure.value and high > low else ""
     ends = [form(end).removesuffix(" %") for end in (low, high)]
-    return f" [{', '.join(ends)}]" if ends[0] != ends[1] else ""
+    return f"[{', '.join(ends)}]" if ends[0] != ends[1] else ""
 
 
 _FORMS: dict[str, Callable[[float], str]] = {

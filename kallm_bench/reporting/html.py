@@ -1,0 +1,105 @@
+"""Tables and drawings as one page that needs nothing else: no network, no script from elsewhere.
+
+`page.html` is its template, with `page.css` and `page.js` put inside. Drawings are in it as SVG, whose ink and grid are
+of the page's colours, so that they are read on a light ground and on a dark one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kallm_bench.records import kind_of
+from kallm_bench.reporting.plots import INK, RULE, Drawing, drawings_of, rendered
+from kallm_bench.reporting.published import PUBLISHED, PUBLISHED_NOTE
+from kallm_bench.reporting.table import Row, Table
+from kallm_bench.reporting.text import parts
+
+FOLDER = Path(__file__).parent
+
+
+def to_html(tables: Sequence[Table], set_aside: Sequence[tuple[Path, str]] = ()) -> str:
+    """The whole report.
+
+    Args:
+        set_aside: files of the store that are not in the tables, and why.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sections = [
+        {"title": f"{suite} on {testbed}", "tables": [_table(table) for table in group]}
+        for (suite, testbed), group in itertools.groupby(tables, key=lambda table: (table.suite, table.testbed))
+    ]
+    return environment.get_template("page.html").render(
+        style=(FOLDER / "page.css").read_text(encoding="utf-8"),
+        script=(FOLDER / "page.js").read_text(encoding="utf-8"),
+        sections=sections,
+        published=PUBLISHED,
+        published_note=PUBLISHED_NOTE,
+        set_aside=set_aside,
+    )
+
+
+def _table(table: Table) -> dict[str, Any]:
+    """What the template shows of a table: columns of words, then of figures."""
+    of_models = table.kind not in ("kernels", "differences")
+    first = ["problem", "contender"] if table.kind == "kernels" else ["arm", *(["what"] if of_models else [])]
+    seeds = [] if table.kind == "kernels" else ["seeds"]
+    return {
+        "title": table.title,
+        "headings": [*first, *seeds, *table.words],
+        "columns": [(heading, _meaning(metric)) for metric, heading in zip(table.metrics, table.headings, strict=True)],
+        "rows": [
+            {
+                "name": row.label,
+                "what": row.what if len(first) > 1 else None,
+                "seeds": row.seeds if seeds else None,
+                "words": [row.words.get(name, "–") for name in table.words],
+                "cells": [_cell(row, metric) for metric in table.metrics],
+            }
+            for row in table.rows
+        ],
+        "notes": table.notes,
+        "drawings": [(drawing.title, inlined(drawing)) for drawing in drawings_of(table)],
+    }
+
+
+def _meaning(metric: str) -> str:
+    """What a heading says when one points at it."""
+    kind = kind_of(metric)
+    better = f"; {kind.better} is better" if kind.better else ""
+    return f"{kind.computed} ({kind.unit}{better})"
+
+
+def _cell(row: Row, metric: str) -> dict[str, Any]:
+    if metric not in row.figures:
+        return {"value": None, "parts": ("–", "", "")}
+    figure = row.figures[metric]
+    return {"value": figure.value, "parts": parts(metric, figure)}
+
+
+def inlined(drawing: Drawing) -> Any:
+    """The drawing as an SVG element for a page with others: its ids are its own, its ink and rules are the page's."""
+    from markupsafe import Markup, escape
+
+    text = rendered(drawing, "svg").decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{re.escape(drawing.name)}-", text)
+    text = text.replace(INK, "currentColor").replace(RULE, "var(--rule)")
+    text = re.sub(
+        r'<svg[^>]*?viewBox="([^"]*)"[^>]*>',
+        rf'<svg viewBox="\1" role="img" aria-label="{escape(drawing.title)}">',
+        text,
+    )
+    return Markup(text)  # matplotlib escapes what it writes
