@@ -73,6 +73,7 @@ class Bench:
             Metric("heldout_loss", loss, n=500),
             Metric("trained_tokens", 8192 if spec else 0),
             Metric("trainable_parameters", 100),
+            *([Metric("train_loss", loss, n=2, samples=tuple(loss + 2 / n for n in range(1, 17)))] if spec else []),
         ]
         about: dict[str, Any] = {"model": {"fingerprint": trained}, "data": {"source": "chat"}, "parents": parents}
         self.record("train", name, seed, TRAINING | {"seed": seed, "weights": made}, losses, **about)
@@ -81,6 +82,8 @@ class Bench:
             Metric("accuracy", right / 8, n=8),
             Metric("guessing_accuracy", 0.5, n=8),
             Metric("majority_accuracy", 0.55, n=8),
+            *(Metric(f"accuracy/{task}", right / 8, n=4) for task in ASKED["tasks"]),
+            *(Metric(f"guessing_accuracy/{task}", 0.5, n=4) for task in ASKED["tasks"]),
         ]
         about = {"data": {"source": "procedural", "fingerprint": "q"}, "parents": (self._id(),)}
         self.record("eval-bbh", name, seed, ASKED | {"weights": trained}, accuracy, samples=samples, **about)

@@ -65,7 +65,7 @@ class Comparison:
         return ALIKE if self.equivalent else UNCLEAR
 
 
-def compare(ours: Answers, theirs: Answers, replicates: int = 10_000, seed: int = 0) -> Comparison:
+def compare(ours: Answers, theirs: Answers, replicates: int = 4_000, seed: int = 0) -> Comparison:
     """Sets one arm beside another on the same questions.
 
     Args:

@@ -82,7 +82,7 @@ class ResultsStore:
         found: dict[str, list[Path]] = defaultdict(list)
         records = []
         where = (glob.escape(testbed) if testbed else "*", glob.escape(suite) if suite else "*")
-        with _no_collection():
+        with collector_paused():
             for path in sorted(self.folder.glob("/".join((*where, "*.json"))), key=_by_testbed):
                 try:
                     record = _moved(RunRecord.from_json(path.read_text(encoding="utf-8")), path)
@@ -171,7 +171,7 @@ _EXISTS = "a record '{}' exists already; records are never rewritten"
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Keeps Python from looking for garbage: among many new records there is none, and looking takes as long again."""
     if not gc.isenabled():
         yield

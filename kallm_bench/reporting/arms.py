@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections import defaultdict
@@ -37,7 +38,7 @@ class Arm:
     def label(self) -> str:
         return f"{self.name} ({self.number})" if self.number else self.name
 
-    @property
+    @functools.cached_property
     def specs(self) -> list[dict[str, Any]]:
         """The specs of its retrofits, in order; empty where nothing was replaced."""
         for stage in ("profile", "eval-bbh", "train"):
@@ -51,7 +52,7 @@ class Arm:
         """The last of them."""
         return self.specs[-1] if self.specs else None
 
-    @property
+    @functools.cached_property
     def replaced_parameters(self) -> float:
         records = [record for stage in ("retrofit", "profile") for record in self.stages.get(stage, [])]
         return next((value for record in records if (value := record.value("replaced_parameters"))), 0.0)
@@ -61,6 +62,7 @@ class Arm:
         """Whether there is more to tell than that a checkpoint was made."""
         return any(self.stages.get(stage) for stage in ("train", "eval-bbh", "profile"))
 
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """What its rows must share to be averaged, by stage."""
         return {stage: comparable(records[0]) for stage, records in self.stages.items() if records}
@@ -156,7 +158,7 @@ def what_it_is(arm: Arm) -> str:
 
 def _taught(arm: Arm) -> list[str]:
     """How a curriculum and a teacher took part, in words."""
-    settings = arm.settings().get("train", {})
+    settings = arm.settings.get("train", {})
     curriculum, distillation = settings.get("curriculum") or {}, settings.get("distillation")
     words = {
         "start_degree": "degree rising from {}",

@@ -43,7 +43,7 @@ def _start(arm: Arm) -> Any:
 
 def _training(arm: Arm) -> dict[str, Any]:
     """How an arm was trained, less what only a KAN's curriculum has."""
-    return {key: value for key, value in arm.settings().get("train", {}).items() if key != "curriculum"}
+    return {key: value for key, value in arm.settings.get("train", {}).items() if key != "curriculum"}
 
 
 def missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
@@ -63,4 +63,4 @@ def missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
 
 
 def _teacher(arm: Arm) -> Any:
-    return arm.settings().get("train", {}).get("distillation")
+    return arm.settings.get("train", {}).get("distillation")

@@ -79,7 +79,7 @@ def _other(arm: Arm, arms: Sequence[Arm], reference: str | None) -> Arm | None:
     named = [other for other in arms if other.name == reference]
     if arm in named:
         return None
-    same = [other for other in named if other.settings().get("eval-bbh") == arm.settings().get("eval-bbh")]
+    same = [other for other in named if other.settings.get("eval-bbh") == arm.settings.get("eval-bbh")]
     return next(iter(same or named), None)
 
 
@@ -110,7 +110,7 @@ def _compared(book: AnswerBook, arm: Arm, other: Arm) -> Comparison | None:
         asked = mine and theirs and measured(mine[0], metric) and measured(theirs[0], metric)
         if not asked or (stage == "train" and not _same_heldout(arm, other)):
             continue
-        if stage == "train" or arm.settings()[stage] == other.settings()[stage]:
+        if stage == "train" or arm.settings[stage] == other.settings[stage]:
             return book.comparison(mine, theirs)
     return None
 
@@ -125,7 +125,7 @@ def _loss_difference(arm: Arm, other: Arm, metric: str) -> Figure | None:
 
 
 def _same_heldout(arm: Arm, other: Arm) -> bool:
-    mine, theirs = arm.settings().get("train", {}), other.settings().get("train", {})
+    mine, theirs = arm.settings.get("train", {}), other.settings.get("train", {})
     return all(mine.get(key) == theirs.get(key) for key in HELD_OUT)
 
 
@@ -133,7 +133,7 @@ def _same_settings(arm: Arm, other: Arm, stage: str, metric: str) -> bool:
     """Whether a speed or a size was measured in the same way; parameters are the same however they are counted."""
     if metric == "parameters":
         return True
-    mine, theirs = arm.settings().get(stage, {}), other.settings().get(stage, {})
+    mine, theirs = arm.settings.get(stage, {}), other.settings.get(stage, {})
     return all(mine.get(key) == theirs.get(key) for key in ("device", "dtype", "batch", "length", "row_length"))
 
 
@@ -197,5 +197,5 @@ def _named_tasks(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _same_questions(arm: Arm, other: Arm) -> bool:
-    mine, theirs = arm.settings().get("eval-bbh"), other.settings().get("eval-bbh")
+    mine, theirs = arm.settings.get("eval-bbh"), other.settings.get("eval-bbh")
     return mine is None or theirs is None or mine == theirs

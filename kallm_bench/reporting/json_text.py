@@ -30,7 +30,7 @@ def to_json(tables: Sequence[Table], set_aside: Sequence[tuple[Path, str]] = ())
         "published": {"rows": [dataclasses.asdict(row) for row in PUBLISHED], "note": PUBLISHED_NOTE},
         "set_aside": [{"file": str(path), "reason": reason} for path, reason in set_aside],
     }
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(data, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _table(table: Table) -> dict[str, Any]:

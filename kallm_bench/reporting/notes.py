@@ -121,7 +121,7 @@ def _variant_notes(arms: Sequence[Arm]) -> Iterable[str]:
 def _flat(arm: Arm) -> dict[str, str]:
     """All that seeds must share to be averaged, "stage setting" -> in few letters; and the weights at the start."""
     found = {"weights": _short(arm.base), "stages": "+".join(sorted(arm.stages))}
-    for stage, settings in arm.settings().items():
+    for stage, settings in arm.settings.items():
         for key, value in settings.items():
             parts = value.items() if isinstance(value, dict) else [("", value)]
             found.update({f"{stage} {key} {part}".rstrip(): _short(each) for part, each in parts})
@@ -137,7 +137,7 @@ def _short(value: Any) -> str:
 def _difference_notes(arms: Sequence[Arm]) -> Iterable[str]:
     """Says in which settings the rows of one table differ, beyond what makes them different arms."""
     for stage in ("train", "eval-bbh", "profile"):
-        settings = [arm.settings()[stage] for arm in arms if stage in arm.settings()]
+        settings = [arm.settings[stage] for arm in arms if stage in arm.settings]
         names = sorted({key for each in settings for key in each})
         different = [key for key in names if len({json.dumps(each.get(key), sort_keys=True) for each in settings}) > 1]
         different = [key for key in different if not (stage == "train" and key == "tokens")]

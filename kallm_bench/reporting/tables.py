@@ -12,6 +12,7 @@ from typing import Any
 
 from kallm_bench.errors import RecordError, unknown
 from kallm_bench.records import WIDE_SPREAD, ResultsStore, RunRecord
+from kallm_bench.records.store import collector_paused
 from kallm_bench.reporting.answers import AnswerBook
 from kallm_bench.reporting.arms import Arm, variants
 from kallm_bench.reporting.differences import differences_table
@@ -46,7 +47,24 @@ def build_tables(
     for record in known.values():
         if suite in (None, record.suite) and testbed in (None, record.testbed) and stands(record):
             groups[record.testbed, record.suite].append(record)
-    tables, book = [], AnswerBook(store, memory or Memory())
+    with collector_paused():
+        tables = _tables(store, groups, known, reference, AnswerBook(store, memory or Memory()))
+    if reference is not None and not any(table.kind == "differences" and table.rows for table in tables):
+        names = {row.name for table in tables if table.kind == "arms" for row in table.rows if row.seeds}
+        if reference not in names and names:
+            raise RecordError(unknown("arm", reference, names))
+    return [table for table in tables if table.rows]
+
+
+def _tables(
+    store: ResultsStore,
+    groups: Mapping[tuple[str, str], Sequence[RunRecord]],
+    known: Mapping[str, RunRecord],
+    reference: str | None,
+    book: AnswerBook,
+) -> list[Table]:
+    """All tables of each (testbed, suite), those without rows too."""
+    tables = []
     for (where, name), records in sorted(groups.items()):
         of_models = [record for record in records if record.stage != "kernels"]
         arms = _arms(of_models, known)
@@ -55,11 +73,7 @@ def build_tables(
         tables.append(starts_table(name, where, of_models))
         tables.append(_training(name, where, of_models))
         tables.append(_kernels(name, where, store.describe(where), newest_problems(records)))
-    if reference is not None and not any(table.kind == "differences" and table.rows for table in tables):
-        names = {row.name for table in tables if table.kind == "arms" for row in table.rows if row.seeds}
-        if reference not in names and names:
-            raise RecordError(unknown("arm", reference, names))
-    return [table for table in tables if table.rows]
+    return tables
 
 
 def _arms(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> list[Arm]:
