@@ -20,6 +20,9 @@ from kallm_bench.reporting.text import parts
 
 FOLDER = Path(__file__).parent
 
+ENLARGED = 1.2
+"""How much larger a drawing may become on a wide screen."""
+
 
 def to_html(tables: Sequence[Table], set_aside: Sequence[tuple[Path, str]] = ()) -> str:
     """The whole report.
@@ -36,10 +39,9 @@ def to_html(tables: Sequence[Table], set_aside: Sequence[tuple[Path, str]] = ())
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [
-        {"title": f"{suite} on {testbed}", "tables": [_table(table) for table in group]}
-        for (suite, testbed), group in itertools.groupby(tables, key=lambda table: (table.suite, table.testbed))
-    ]
+    environment.filters["coded"] = _coded
+    groups = itertools.groupby(tables, key=lambda table: f"{table.suite} on {table.testbed}")
+    sections = [_section(title, list(group)) for title, group in groups]
     return environment.get_template("page.html").render(
         style=(FOLDER / "page.css").read_text(encoding="utf-8"),
         script=(FOLDER / "page.js").read_text(encoding="utf-8"),
@@ -47,6 +49,25 @@ def to_html(tables: Sequence[Table], set_aside: Sequence[tuple[Path, str]] = ())
         published=PUBLISHED,
         published_note=PUBLISHED_NOTE,
         set_aside=set_aside,
+    )
+
+
+def _section(title: str, tables: Sequence[Table]) -> dict[str, Any]:
+    drawings = [drawing for table in tables for drawing in drawings_of(table)]
+    return {
+        "title": title,
+        "tables": [_table(table) for table in tables],
+        "drawings": [(drawing.title, inlined(drawing)) for drawing in drawings],
+    }
+
+
+def _coded(note: str) -> Any:
+    """A note with what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    texts = note.split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(text) if number % 2 else escape(text) for number, text in enumerate(texts)
     )
 
 
@@ -70,7 +91,6 @@ def _table(table: Table) -> dict[str, Any]:
             for row in table.rows
         ],
         "notes": table.notes,
-        "drawings": [(drawing.title, inlined(drawing)) for drawing in drawings_of(table)],
     }
 
 
@@ -97,9 +117,7 @@ def inlined(drawing: Drawing) -> Any:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{re.escape(drawing.name)}-", text)
     text = text.replace(INK, "currentColor").replace(RULE, "var(--rule)")
-    text = re.sub(
-        r'<svg[^>]*?viewBox="([^"]*)"[^>]*>',
-        rf'<svg viewBox="\1" role="img" aria-label="{escape(drawing.title)}">',
-        text,
-    )
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
+    head = f'<svg viewBox="0 0 {width} {height}" style="max-width: {float(width) * ENLARGED:.0f}pt" role="img"'
+    text = re.sub(r"<svg[^>]*>", lambda _: f'{head} aria-label="{escape(drawing.title)}">', text, count=1)
     return Markup(text)  # matplotlib escapes what it writes
