@@ -8,7 +8,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -203,7 +203,8 @@ class Display:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+    """As minutes:seconds; from two hours on in hours, as "12 h"."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def prepare() -> None:
@@ -280,10 +281,32 @@ def show_tables(tables: Sequence[Table]) -> None:
 
 
 def _show_grid(title: str, cells: Sequence[Sequence[str]]) -> None:
-    shown = _grid(title, cells)
-    if shown.__rich_measure__(out, out.options.update(max_width=10_000)).maximum > out.width:
-        shown = _grid(title, [list(column) for column in zip(*cells, strict=True)])
-    out.print(shown)
+    if _fits(shown := _grid(title, cells)):
+        out.print(shown)
+        return
+    turned = [list(column) for column in zip(*cells, strict=True)]
+    for part in _parts(turned):
+        out.print(_grid(title, part))
+        title = ""
+
+
+def _fits(table: RichTable) -> bool:
+    return table.__rich_measure__(out, out.options.update(max_width=10_000)).maximum <= out.width
+
+
+def _parts(cells: Sequence[Sequence[str]]) -> Iterator[list[list[str]]]:
+    """A table in as many as it takes to fit, each with the first column and at least one more."""
+    begin, columns = 1, len(cells[0])
+    while begin < columns:
+        end = begin + 1
+        while end < columns and _fits(_grid("", _columns(cells, begin, end + 1))):
+            end += 1
+        yield _columns(cells, begin, end)
+        begin = end
+
+
+def _columns(cells: Sequence[Sequence[str]], begin: int, end: int) -> list[list[str]]:
+    return [[row[0], *row[begin:end]] for row in cells]
 
 
 def _grid(title: str, cells: Sequence[Sequence[str]]) -> RichTable:
@@ -356,7 +379,7 @@ def show_training(coming: Budget, room: Room, as_json: bool) -> None:
         ("tokens", f"{coming.tokens:,}"),
         ("parameters", f"{coming.parameters:,}"),
         ("of them learn", f"{coming.trainable_parameters:,}"),
-        ("takes", f"about {_minutes(coming.seconds)} minutes, loading aside"),
+        ("takes", f"about {_minutes(coming.seconds)}, loading aside"),
         *((name, _gib(size)) for name, size in coming.peaks.items()),
         ("rows at once", str(coming.rows_at_once)),
         ("checkpoint", _gib(coming.checkpoint_bytes)),
@@ -400,7 +423,7 @@ def show_cells(cells: Sequence[CellForecast], room: Room, as_json: bool) -> None
         # every cell keeps what it retrofitted and what it trained; states go one after the other
         kept = sum(2 * budget.checkpoint_bytes for budget in budgets)
         disk = kept + max(budget.disk_bytes - budget.checkpoint_bytes for budget in budgets)
-        say(f"Training takes about {_minutes(sum(budget.seconds for budget in budgets))} minutes in all.")
+        say(f"Training takes about {_minutes(sum(budget.seconds for budget in budgets))} in all.")
         for line in _too_much([budget.peak_bytes or 0 for budget in budgets], disk, room):
             tell(line)
 

@@ -141,6 +141,13 @@ def test_passes_over_few_channels_waste_no_tile_on_more() -> None:
     assert channels[0] == slice(0, 8)
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (130, 70), (1000, 33)], ids=str)
+def test_sums_of_columns_by_few_parts(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "PARTS", 3)
+    dy = torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float32)
+    assert torch.equal(layer.column_sums(dy), dy.sum(0))  # whole numbers: no rounding, and so no order
+
+
 @pytest.mark.parametrize("name", ["cheby2", "bspline", "rbf"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", ["library-16", "fused"])

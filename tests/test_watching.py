@@ -333,7 +333,7 @@ def test_what_it_would_take_is_shown_with_whether_it_fits(
     assert coming.disk_bytes == 4 * 10**9 + 12 * 10**6
     console.show_training(coming, Room(2 * 2**30, 2**40), as_json=False)
     shown = capsys.readouterr()
-    assert "about 1:15 minutes" in shown.out
+    assert "about 1:15" in shown.out
     assert "memory: 3.00 GiB of 2.00 GiB: does not fit" in shown.err
     assert "disk: 3.74 GiB of 1024.00 GiB: fits" in shown.err
     cells = [CellForecast("kan", "0", "cheby2", budget=coming), CellForecast("bad", "0", "linear", trouble="why")]
@@ -341,8 +341,20 @@ def test_what_it_would_take_is_shown_with_whether_it_fits(
     shown = capsys.readouterr()
     assert "1.00M" in shown.out
     assert "why" in shown.out
-    assert "Training takes about 1:15 minutes in all" in shown.out
+    assert "Training takes about 1:15 in all" in shown.out
     assert "does not fit" in shown.err
+
+
+@pytest.mark.parametrize("width", [50, 90, 500])
+def test_a_table_of_many_arms_is_readable_on_any_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "out", Console(file=(file := io.StringIO()), width=width))
+    coming = Budget(10, 640, 10**9, 10**6, 7500.0, {}, "measured", rows_at_once=4)
+    cells = [CellForecast(f"arm-{n}", str(n), "cheby2", budget=coming) for n in range(12)]
+    console.show_cells(cells, Room(2**40, 2**40), as_json=False)
+    shown = file.getvalue()
+    assert all(f" {cell.arm} " in shown for cell in cells)
+    assert shown.count(" 2 h ") == 12
+    assert max(map(len, shown.splitlines())) <= width
 
 
 def test_trying_moves_no_weight(tiny_llama: Any, rows: Any) -> None:

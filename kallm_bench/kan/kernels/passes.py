@@ -20,6 +20,9 @@ from kallm_bench.kan.kernels.recurrence import following, squashed, through_slop
 TILE, CHANNELS = 1024, 64
 """Values in a tile of either pass, and its most channels: widths of models are multiples of 64, hardly ever of 256."""
 
+PARTS = 256
+"""Partial sums of a column, at most: what is left to one program."""
+
 
 @triton.jit
 def _expand(x_ptr, features_ptr, M, I, stride_x, stride_features, width, FIRST: tl.constexpr, R: tl.constexpr,
@@ -102,7 +105,7 @@ def _add_parts(parts_ptr, out_ptr, N, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _column_sums(dy_ptr, parts_ptr, M, O, stride_dy, ROWS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr):
+def _column_sums(dy_ptr, sums_ptr, M, O, stride_dy, ROWS, BM: tl.constexpr, BO: tl.constexpr):
     outs = tl.program_id(1) * BO + tl.arange(0, BO)
     first = tl.program_id(0).to(tl.int64) * ROWS
     total = tl.zeros((BM, BO), tl.float32)
@@ -110,7 +113,8 @@ def _column_sums(dy_ptr, parts_ptr, M, O, stride_dy, ROWS: tl.constexpr, BM: tl.
         rows = first + m + tl.arange(0, BM)
         inside = (rows[:, None] < M) & (outs[None, :] < O)
         total += tl.load(dy_ptr + rows[:, None] * stride_dy + outs[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(parts_ptr + tl.program_id(0) * O + outs, tl.sum(total, 0), mask=outs < O)
+    sums = tl.sum(total, 0).to(sums_ptr.dtype.element_ty)
+    tl.store(sums_ptr + tl.program_id(0) * O + outs, sums, mask=outs < O)
 
 
 def expand(x: Tensor, features: Tensor, family: Family) -> None:
@@ -156,11 +160,13 @@ def add_parts(parts: Tensor, out: Tensor) -> None:
 
 def column_sums(dy: Tensor) -> Tensor:
     """(O,) the sums of dy (M, O) over its rows, in float32 and in dy's dtype, in two stages and without atomics."""
-    (M, O), rows, out = dy.shape, 128, dy.new_zeros(dy.shape[1])
-    if M:
-        parts = torch.empty((triton.cdiv(M, rows), O), dtype=torch.float32, device=dy.device)
-        _column_sums[(len(parts), triton.cdiv(O, 64))](dy, parts, M, O, dy.stride(0), ROWS=rows, BM=32, BO=64)
-        out.copy_(parts.sum(0))
+    (M, O), out = dy.shape, dy.new_empty(dy.shape[1])
+    if not M:
+        return out.zero_()
+    rows = 32 * max(4, triton.cdiv(M, 32 * PARTS))
+    parts = torch.empty((triton.cdiv(M, rows), O), dtype=torch.float32, device=dy.device)
+    _column_sums[(len(parts), triton.cdiv(O, 64))](dy, parts, M, O, dy.stride(0), rows, BM=32, BO=64)
+    _column_sums[(1, triton.cdiv(O, 32))](parts, out, len(parts), O, O, len(parts), BM=64, BO=32)
     return out
 
 
