@@ -1,7 +1,7 @@
 """What a model costs on the machine at hand."""
 
 from kallm_bench.profiling.flops import flops_per_token
-from kallm_bench.profiling.hardware import environment, find_device, find_dtype, identity
+from kallm_bench.profiling.hardware import environment, find_device, find_dtype, identity, machine_facts
 from kallm_bench.profiling.kernels import measure_kernels
 from kallm_bench.profiling.memory import peak_memory
 from kallm_bench.profiling.problems import KernelProblem, KernelSettings, problems_by_hand
@@ -20,6 +20,7 @@ __all__ = [
     "flops_per_token",
     "heldout_curve",
     "identity",
+    "machine_facts",
     "measure_inference",
     "measure_kernels",
     "measure_training",

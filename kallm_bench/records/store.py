@@ -91,6 +91,11 @@ class ResultsStore:
                     continue
                 found[record.id].append(path)
                 records.append(record)
+        self.damaged += [
+            (path, "not the description of a testbed: machines with records here may not be known again")
+            for path in self.folder.glob(f"{where[0]}/{TESTBED_FILE}")
+            if not _read_json(path)
+        ]
         unclear = self._set_aside({id_: files for id_, files in found.items() if len(files) > 1})
         self.damaged.sort()
         kept = {record.id: record for record in reversed(records) if record.id not in unclear}  # the first of copies
@@ -117,8 +122,11 @@ class ResultsStore:
 
     # --- testbeds -----------------------------------------------------------------------------------------------------
 
-    def testbed(self, identity: dict[str, Any]) -> str:
+    def testbed(self, identity: dict[str, Any], facts: dict[str, Any] | None = None) -> str:
         """The name of the machine described by `identity`; `local-<hash>` until it is named. Made on first use.
+
+        Args:
+            facts: what is told of it beside, on first use, and may change without making it another machine.
 
         Raises:
             DiskError: the store cannot be written. Asked first, so that no work is done in vain.
@@ -128,7 +136,8 @@ class ResultsStore:
             return known
         fingerprint = _fingerprint(identity)
         name = f"local-{fingerprint}"
-        self._describe(name, fingerprint, identity)
+        content = {"schema": 1, "fingerprint": fingerprint, **identity, **(facts or {})}
+        write_file(self.folder / name / TESTBED_FILE, (json.dumps(content, indent=1) + "\n").encode())
         return name
 
     def known_testbed(self, identity: dict[str, Any]) -> str:
@@ -143,7 +152,7 @@ class ResultsStore:
         """What testbed.json says of a machine; empty where there is none."""
         return _read_json(self.folder / testbed / TESTBED_FILE)
 
-    def name_testbed(self, identity: dict[str, Any], name: str) -> str:
+    def name_testbed(self, identity: dict[str, Any], name: str, facts: dict[str, Any] | None = None) -> str:
         """Gives this machine a readable name, moving what it has recorded; returns the name.
 
         Raises:
@@ -151,17 +160,13 @@ class ResultsStore:
         """
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) or name.startswith("local-"):
             raise RecordError(f"'{name}' cannot name a testbed; use a-z, 0-9, '.', '_' and '-', and not local-…")
-        old = self.testbed(identity)
+        old = self.testbed(identity, facts)
         if name != old and (self.folder / name).exists():
             raise RecordError(f"another testbed is called '{name}' already")
         if name != old:
             with explained(self.folder / name):
                 (self.folder / old).rename(self.folder / name)
         return name
-
-    def _describe(self, name: str, fingerprint: str, identity: dict[str, Any]) -> None:
-        content = {"schema": 1, "fingerprint": fingerprint, **identity}
-        write_file(self.folder / name / TESTBED_FILE, (json.dumps(content, indent=1) + "\n").encode())
 
     def _folder_of(self, record: RunRecord) -> Path:
         return self.folder / record.testbed / record.suite

@@ -16,7 +16,7 @@ from kallm_bench.records import kind_of
 from kallm_bench.reporting.plots import INK, RULE, Drawing, drawings_of, rendered
 from kallm_bench.reporting.published import PUBLISHED, PUBLISHED_NOTE
 from kallm_bench.reporting.table import Row, Table
-from kallm_bench.reporting.text import parts
+from kallm_bench.reporting.text import about, parts
 
 FOLDER = Path(__file__).parent
 
@@ -73,18 +73,16 @@ def _coded(note: str) -> Any:
 
 def _table(table: Table) -> dict[str, Any]:
     """What the template shows of a table: columns of words, then of figures."""
-    of_models = table.kind not in ("kernels", "differences")
-    first = ["problem", "contender"] if table.kind == "kernels" else ["arm", *(["what"] if of_models else [])]
-    seeds = [] if table.kind == "kernels" else ["seeds"]
+    first = about(table)
     return {
         "title": table.title,
-        "headings": [*first, *seeds, *table.words],
+        "headings": [*first, *table.words],
         "columns": [(heading, _meaning(metric)) for metric, heading in zip(table.metrics, table.headings, strict=True)],
         "rows": [
             {
                 "name": row.label,
-                "what": row.what if len(first) > 1 else None,
-                "seeds": row.seeds if seeds else None,
+                "what": row.what if {"what", "contender"} & set(first) else None,
+                "seeds": row.seeds if "seeds" in first else None,
                 "words": [row.words.get(name, "–") for name in table.words],
                 "cells": [_cell(row, metric) for metric in table.metrics],
             }
@@ -112,7 +110,7 @@ def inlined(drawing: Drawing) -> Any:
     """The drawing as an SVG element for a page with others: its ids are its own, its ink and rules are the page's."""
     from markupsafe import Markup, escape
 
-    text = rendered(drawing, "svg").decode()
+    text = rendered(drawing, "svg", "none").decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{re.escape(drawing.name)}-", text)

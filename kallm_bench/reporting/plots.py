@@ -68,11 +68,12 @@ def drawings_of(table: Table) -> list[Drawing]:
     return found
 
 
-def rendered(drawing: Drawing, kind: str) -> bytes:
+def rendered(drawing: Drawing, kind: str, ground: str = "white") -> bytes:
     """The picture as a file's content; the same bytes for the same data and version of matplotlib.
 
     Args:
         kind: one of PICTURES.
+        ground: a colour, or "none" for what is put on a page that has its own.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -94,7 +95,6 @@ def rendered(drawing: Drawing, kind: str) -> bytes:
         buffer = io.BytesIO()
         about = {"Title": drawing.title, "Description": f"data {drawing.fingerprint}"}
         about |= {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}  # type: ignore[dict-item]
-        ground = "none" if kind == "svg" else "white"
         canvas.savefig(buffer, format=kind, dpi=160, metadata=about, facecolor=ground)
     return buffer.getvalue()
 

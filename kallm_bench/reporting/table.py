@@ -14,6 +14,7 @@ SUBTITLES = {
     "differences": ": differences",
     "starts": ": right after the retrofit",
     "training": ": training steps",
+    "overview": ": layers alone, at a glance",
     "kernels": ": layers alone",
 }
 """What a table's kind adds to its title."""

@@ -19,6 +19,7 @@ from kallm_bench.reporting.differences import differences_table
 from kallm_bench.reporting.kernels import KERNEL_COLUMNS, WIDE, figures_of, kernel_notes, newest_problems, problem_of
 from kallm_bench.reporting.memory import Memory
 from kallm_bench.reporting.notes import notes
+from kallm_bench.reporting.overview import overview_table
 from kallm_bench.reporting.rows import STAGE_COLUMNS, arm_row, chance_rows
 from kallm_bench.reporting.starts import starts_table
 from kallm_bench.reporting.table import Figure, Row, Table
@@ -72,6 +73,7 @@ def _tables(
         tables.append(differences_table(book, name, where, arms, reference))
         tables.append(starts_table(name, where, of_models))
         tables.append(_training(name, where, of_models))
+        tables.append(overview_table(name, where, records))
         tables.append(_kernels(name, where, store.describe(where), newest_problems(records)))
     return tables
 

@@ -78,13 +78,20 @@ def grid(table: Table) -> list[list[str]]:
             [row.name if row.name != before else "", row.what, *(_text(row, metric) for metric in table.metrics)]
             for before, row in zip(problems[:-1], table.rows, strict=True)
         ]
-    about = ["arm", *([] if table.kind == "differences" else ["what"]), "seeds"]
-    lines = [[*about, *table.words, *table.headings]]
+    lines = [[*about(table), *table.words, *table.headings]]
     for row in table.rows:
-        told = {"arm": row.label, "what": row.what, "seeds": str(row.seeds or "")}
+        told = {"arm": row.label, "problem": row.label, "what": row.what, "seeds": str(row.seeds or "")}
         words = [row.words.get(name, "–") for name in table.words]
-        lines.append([*(told[name] for name in about), *words, *(_text(row, metric) for metric in table.metrics)])
+        lines.append(
+            [*(told[name] for name in about(table)), *words, *(_text(row, metric) for metric in table.metrics)]
+        )
     return lines
+
+
+def about(table: Table) -> tuple[str, ...]:
+    """The headings of what rows are called and what they are."""
+    known = {"overview": ("problem",), "kernels": ("problem", "contender"), "differences": ("arm", "seeds")}
+    return known.get(table.kind, ("arm", "what", "seeds"))
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
@@ -95,7 +102,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
         parts.append(
             f"## {table.title}\n\n{_markdown(header, lines)}\n" + "".join(f"\n- {note}" for note in table.notes)
         )
-    if tables and all(table.kind == "kernels" for table in tables):
+    if tables and all(table.kind in ("kernels", "overview") for table in tables):
         return "\n\n".join(parts) + "\n"
     published = [[row.name, row.trainable, row.memory, row.accuracy] for row in PUBLISHED]
     header = ["published", "trained parameters", "GPU memory", "accuracy"]
@@ -112,8 +119,8 @@ def to_csv(tables: Sequence[Table]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     headings = [f"{metric} ({kind_of(metric).unit})" for metric in metrics]
     ends = [(heading, f"{heading} low", f"{heading} high") for heading in headings]
-    about = ["suite", "testbed", "table", "arm", "what", "seeds", *words]
-    writer.writerow([*about, *itertools.chain.from_iterable(ends)])
+    first = ["suite", "testbed", "table", "arm", "what", "seeds", *words]
+    writer.writerow([*first, *itertools.chain.from_iterable(ends)])
     for table in tables:
         for row in table.rows:
             cells: list[float | str] = []
