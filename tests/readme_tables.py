@@ -1,8 +1,8 @@
 """What the repository shows of its results: tables and pictures in the README, a report beside each suite's records.
 
 `python tests/readme_tables.py` brings all of it up to date with `results/`; test_readme.py fails where that was
-forgotten. In the README a block begins with a comment such as `<!-- kallm report: osre25 on h100, arms, notes -->`, with
-a table's kind, and `notes` where those below it are shown too; and ends with `<!-- /kallm report -->`.
+forgotten. In the README a block begins with a comment such as `<!-- kallm report: osre25 on h100, arms, notes -->`:
+suite, testbed, the table's kind, and `notes` where those below it are shown too. It ends with `<!-- /kallm report -->`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 
 from kallm_bench.records import ResultsStore
-from kallm_bench.reporting import Table, build_tables, grid, to_csv, to_markdown
+from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
 from kallm_bench.reporting.plots import Drawing, drawings_of, rendered
+from kallm_bench.reporting.text import markdown_table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -40,11 +41,7 @@ def with_tables(text: str) -> str:
 def _block(found: re.Match[str]) -> str:
     suite, testbed, kind = found["suite"], found["testbed"], found["kind"]
     (table,) = [table for table in tables_of(suite, testbed) if table.kind == kind]
-    header, *rows = grid(table)
-    lines = [header, ["---"] * len(header), *rows]
-    text = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-    notes = "\n" + "".join(f"- {note}\n" for note in table.notes) if found["notes"] else ""
-    return f"{found[1]}{text}{notes}{found[6]}"
+    return f"{found[1]}{markdown_table(table, bool(found['notes']))}{found[6]}"
 
 
 def pictures(text: str) -> dict[Path, Drawing | None]:

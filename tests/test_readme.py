@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,11 @@ def test_the_tables_are_those_of_the_records() -> None:
 
 
 def test_every_table_of_results_is_from_a_report() -> None:
-    """A table with an interval or a time in it that no block holds would be one typed by hand."""
-    outside = BLOCK.sub("", TEXT)
+    """One with an interval in it that stands outside of all blocks would be typed by hand.
+
+    The quickstart's is of the reader's own machine, whose records are not committed.
+    """
+    outside = re.sub("<!-- quickstart -->.*<!-- /quickstart -->", "", BLOCK.sub("", TEXT), flags=re.DOTALL)
     assert not [line for line in outside.splitlines() if line.startswith("| ") and ("±" in line or " % [" in line)]
 
 

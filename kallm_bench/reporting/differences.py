@@ -6,6 +6,7 @@ trained alike; where there is none, the largest linear restart that was trained 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from kallm_bench.records.statistics import difference_interval
 from kallm_bench.reporting.answers import AnswerBook
 from kallm_bench.reporting.arms import Arm
 from kallm_bench.reporting.controls import control_of, is_kan, is_linear, matched
-from kallm_bench.reporting.rows import ACCURACIES, measured
+from kallm_bench.reporting.rows import ACCURACIES, figure_of, measured
 from kallm_bench.reporting.table import Figure, Row, Table
 
 ALPHA = 0.05
@@ -97,9 +98,8 @@ def _row(book: AnswerBook, arm: Arm, other: Arm) -> Row:
         if figure := _loss_difference(arm, other, metric):
             figures[difference] = figure
     for stage, metric, ratio, _ in RATIOS:
-        mine, theirs = _mean(arm.stages.get(stage, []), metric), _mean(other.stages.get(stage, []), metric)
-        if ratio not in figures and mine is not None and theirs and _same_settings(arm, other, stage, metric):
-            figures[ratio] = Figure(mine / theirs)
+        if ratio not in figures and (figure := _ratio(book, arm, other, stage, metric)):
+            figures[ratio] = figure
     return Row(arm.name, figures=figures, words=words, seeds=arm.seeds, number=arm.number, comparison=comparison)
 
 
@@ -124,6 +124,21 @@ def _loss_difference(arm: Arm, other: Arm, metric: str) -> Figure | None:
     return Figure(difference, interval, over="seeds" if interval else "")
 
 
+def _ratio(book: AnswerBook, arm: Arm, other: Arm, stage: str, metric: str) -> Figure | None:
+    """How many times the reference's figure; None where one of them lacks it, or it was measured in another way."""
+    mine, theirs = arm.stages.get(stage, []), other.stages.get(stage, [])
+    top, bottom = figure_of(book, mine, metric), figure_of(book, theirs, metric)
+    if top is None or bottom is None or not bottom.value or not _same_settings(arm, other, stage, metric):
+        return None
+    logs = [{seed: math.log(value) for seed, value in _by_seed(each, metric).items()} for each in (mine, theirs)]
+    if interval := difference_interval(*logs):
+        return Figure(top.value / bottom.value, (math.exp(interval[0]), math.exp(interval[1])), over="seeds")
+    if top.over == bottom.over == "samples" and top.interval and bottom.interval:
+        least, most = top.interval[0] / bottom.interval[1], top.interval[1] / bottom.interval[0]
+        return Figure(top.value / bottom.value, (least, most), over="samples")
+    return Figure(top.value / bottom.value)
+
+
 def _same_heldout(arm: Arm, other: Arm) -> bool:
     mine, theirs = arm.settings.get("train", {}), other.settings.get("train", {})
     return all(mine.get(key) == theirs.get(key) for key in HELD_OUT)
@@ -138,12 +153,8 @@ def _same_settings(arm: Arm, other: Arm, stage: str, metric: str) -> bool:
 
 
 def _by_seed(records: Sequence[RunRecord], metric: str) -> dict[int, float]:
-    return {record.seed: value for record in records if (value := record.value(metric)) is not None}
-
-
-def _mean(records: Sequence[RunRecord], metric: str) -> float | None:
-    values = [each.value for record in records if (each := measured(record, metric)) and each.value is not None]
-    return statistics.fmean(values) if values else None
+    name = metric.partition("/")[0]
+    return {record.seed: value for record in records if (value := record.value(name)) is not None}
 
 
 def _probability(p_value: float) -> str:
@@ -171,6 +182,8 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
         )
         yield "McNemar's p: exact, over all questions, a value for each pair of seeds."
         yield "Tasks better, worse: by exact tests over a task's questions, corrected by Holm for all tasks."
+    if any(figure.over == "samples" for row in rows for figure in row.figures.values()):
+        yield "Ratios ±: half the range that the samples of two single runs leave open."
     yield from _named_tasks(compared)
     losses = [figure for row in rows for name, _ in LOSSES.values() if (figure := row.figures.get(name))]
     if any(figure.interval is None for figure in losses):

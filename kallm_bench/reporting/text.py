@@ -96,18 +96,20 @@ def about(table: Table) -> tuple[str, ...]:
 
 def to_markdown(tables: Sequence[Table]) -> str:
     """All tables, each with its notes, and the published figures last where there are models to set beside them."""
-    parts = []
-    for table in tables:
-        header, *lines = grid(table)
-        parts.append(
-            f"## {table.title}\n\n{_markdown(header, lines)}\n" + "".join(f"\n- {note}" for note in table.notes)
-        )
+    parts = [f"## {table.title}\n\n{markdown_table(table, notes=True)}" for table in tables]
     if tables and all(table.kind in ("kernels", "overview") for table in tables):
-        return "\n\n".join(parts) + "\n"
+        return "\n".join(parts)
     published = [[row.name, row.trainable, row.memory, row.accuracy] for row in PUBLISHED]
     header = ["published", "trained parameters", "GPU memory", "accuracy"]
-    parts.append(f"## Published figures, for reference\n\n{_markdown(header, published)}\n\n- {PUBLISHED_NOTE}")
-    return "\n\n".join(parts) + "\n"
+    parts.append(f"## Published figures, for reference\n\n{_markdown(header, published)}\n\n- {PUBLISHED_NOTE}\n")
+    return "\n".join(parts)
+
+
+def markdown_table(table: Table, notes: bool) -> str:
+    """One table as lines of text, with its notes below it where they are asked for."""
+    header, *lines = grid(table)
+    text = _markdown(header, lines, len(table.metrics)) + "\n"
+    return text + ("\n" + "".join(f"- {note}\n" for note in table.notes) if notes else "")
 
 
 def to_csv(tables: Sequence[Table]) -> str:
@@ -136,6 +138,8 @@ def _text(row: Row, metric: str) -> str:
     return written(metric, row.figures[metric]) if metric in row.figures else "–"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], figures: int = 0) -> str:
+    """A table whose last `figures` columns are aligned to the right."""
+    ruler = ["---"] * (len(header) - figures) + ["--:"] * figures
+    lines = [header, ruler, *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
