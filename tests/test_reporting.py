@@ -26,6 +26,7 @@ class Bench:
         self.store = ResultsStore(folder)
         self.testbed = self.store.testbed(MACHINE)
         self.count = 0
+        self.base = "base"
 
     def _id(self) -> str:
         """Of the newest record."""
@@ -62,7 +63,7 @@ class Bench:
         self, name: str, seed: int, spec: dict[str, Any] | None, loss: float, right: int, replaced: int = 0
     ) -> None:
         """All four stages; `right` of eight questions are answered right."""
-        base, made, trained = "base", f"made{self.count}", f"trained{self.count}"
+        base, made, trained = self.base, f"made{self.count}", f"trained{self.count}"
         if spec:
             spec = {"hidden": None, "degree": None, "form": "stack", "constant": "bias", "blocks": [25, 26, 29]} | spec
             metrics = [Metric("replaced_parameters", replaced)]
@@ -262,3 +263,30 @@ def test_reports_of_two_machines_stand_apart_and_can_be_chosen(bench: Bench) -> 
     (table,) = build_tables(bench.store, testbed=first)
     assert table.rows[0].figures["heldout_loss"].value == 2.0
     assert build_tables(bench.store, suite="other") == []
+
+
+def test_seeds_that_began_from_other_weights_are_never_averaged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    monkeypatch.setattr(bench, "base", "another model")
+    bench.arm("kan", 1, {"basis": "cheby2", "degree": 2}, 3.0, right=8)
+    table = only_table(bench)
+    rows = [row for row in table.rows if row.name == "kan"]
+    assert [(row.label, row.figures["heldout_loss"].value) for row in rows] == [("kan (1)", 2.0), ("kan (2)", 3.0)]
+    assert "Not averaged, for they differ: kan (1): weights base; kan (2): weights another model." in table.notes
+
+
+def test_rows_that_were_not_averaged_say_in_what_they_differ(bench: Bench) -> None:
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    bench.arm("kan", 1, {"basis": "cheby2", "degree": 3}, 3.0, right=8)
+    note = next(note for note in only_table(bench).notes if note.startswith("Not averaged"))
+    assert note == "Not averaged, for they differ: kan (1): retrofit spec degree 2; kan (2): retrofit spec degree 3."
+
+
+def test_a_single_run_shows_the_range_of_its_samples(bench: Bench) -> None:
+    speed = Metric("prefill_tokens_per_second", 1000.0, n=3, samples=(900.0, 1000.0, 1060.0))
+    bench.record("profile", "kan", 0, {"batch": 4, **PLACE}, [speed])
+    table = only_table(bench)
+    figure = table.rows[0].figures["prefill_tokens_per_second"]
+    assert (figure.interval, figure.over) == ((900.0, 1060.0), "samples")
+    assert "| 1,000 ± 8 % |" in to_markdown([table])
+    assert "±: half the range of the samples of one run, which says nothing of other runs." in table.notes

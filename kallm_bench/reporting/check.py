@@ -7,6 +7,7 @@ An operand is an arm, a dot and a metric of the tables. Fractions count in point
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -24,10 +25,10 @@ ARITHMETIC: dict[type, Callable[[float, float], float]] = {
     ast.Div: operator.truediv,
 }
 COMPARED: dict[type, Callable[[float, float], bool]] = {
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
+    ast.Lt: lambda a, b: a < b and not _same(a, b),
+    ast.LtE: lambda a, b: a < b or _same(a, b),
+    ast.Gt: lambda a, b: a > b and not _same(a, b),
+    ast.GtE: lambda a, b: a > b or _same(a, b),
 }
 FORM = "Write it as in: kan.accuracy >= linear.accuracy - 1"
 
@@ -103,6 +104,11 @@ def _value(table: Table, arm: str, metric: str) -> float:
     if len(having) > 1:
         raise RecordError(f"{table.title}: {len(having)} rows go by '{arm}' and were not averaged; the notes say why")
     return _in_points(having[0], metric)
+
+
+def _same(a: float, b: float) -> bool:
+    """Equal but for rounding: 0.55 is 55 points and not 55.00000000000001."""
+    return math.isclose(a, b, rel_tol=1e-9)
 
 
 def _in_points(row: Row, metric: str) -> float:
