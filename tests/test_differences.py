@@ -77,6 +77,10 @@ def test_words_follow_the_questions(bench: Bench) -> None:
     assert found["kan"].words["McNemar's p"] == "0.0078"  # 2 / 2^8
     assert found["other"].words["verdict on accuracy"] == "not distinguishable"
     assert found["other"].words["McNemar's p"] == "1"
+    assert not any("comparisons:" in note for note in differences(bench).notes)  # type: ignore[union-attr]
+    bench.arm("third", 0, KAN | {"degree": 4}, 2.2, right=1)
+    note = "3 comparisons: were all of these arms equals, about 0.15 would be called better or worse."
+    assert note in differences(bench).notes  # type: ignore[union-attr]
     assert found["kan"].comparison is not None
     table = differences(bench)
     assert table is not None

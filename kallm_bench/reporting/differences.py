@@ -22,6 +22,9 @@ from kallm_bench.reporting.table import Figure, Row, Table
 
 ALPHA = 0.05
 
+MANY = 3
+"""Comparisons of which one may be expected to mislead somebody."""
+
 LOSSES = {
     "heldout_loss": ("heldout_loss_difference", "held-out loss difference"),
     "class_loss": ("class_loss_difference", "class loss difference"),
@@ -130,7 +133,10 @@ def _ratio(book: AnswerBook, arm: Arm, other: Arm, stage: str, metric: str) -> F
     top, bottom = figure_of(book, mine, metric), figure_of(book, theirs, metric)
     if top is None or bottom is None or not bottom.value or not _same_settings(arm, other, stage, metric):
         return None
-    logs = [{seed: math.log(value) for seed, value in _by_seed(each, metric).items()} for each in (mine, theirs)]
+    logs = [
+        {seed: math.log(value) for seed, value in _by_seed(each, metric).items() if value > 0}
+        for each in (mine, theirs)
+    ]
     if interval := difference_interval(*logs):
         return Figure(top.value / bottom.value, (math.exp(interval[0]), math.exp(interval[1])), over="seeds")
     if top.over == bottom.over == "samples" and top.interval and bottom.interval:
@@ -180,6 +186,11 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
             f"within ±{100 * MARGIN:.0f} point (two one-sided tests at 5 %). Detectable: the smallest true difference, "
             f"in points, that these questions would show {100 * POWER:.0f} % of the time."
         )
+        if len(compared) >= MANY:
+            yield (
+                f"{len(compared)} comparisons: were all of these arms equals, about {len(compared) / 20:.2g} would be "
+                "called better or worse."
+            )
         yield "McNemar's p: exact, over all questions, a value for each pair of seeds."
         yield "Tasks better, worse: by exact tests over a task's questions, corrected by Holm for all tasks."
     if any(figure.over == "samples" for row in rows for figure in row.figures.values()):
