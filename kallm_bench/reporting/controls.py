@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,13 +14,26 @@ MATCHED = 0.02
 """Numbers of parameters that differ by less are called equal."""
 
 
-def control_of(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """What a KAN is set beside: a linear control trained alike, with as many parameters if there is one."""
-    if not is_kan(arm):
-        return None
-    alike = [other for other in arms if is_linear(other) and _training(other) == _training(arm)]
-    alike = [other for other in alike if _start(other) == _start(arm)] or alike
-    return next((other for other in alike if matched(arm, other)), max(alike, key=_size, default=None))
+class Controls:
+    """The linear arms of a table, found by how they were trained and how they started, each list by size."""
+
+    def __init__(self, arms: Sequence[Arm]) -> None:
+        self._alike: dict[tuple[str, str], list[Arm]] = defaultdict(list)
+        for arm in sorted((arm for arm in arms if is_linear(arm)), key=_size):
+            self._alike[_training(arm), _start(arm)].append(arm)
+            self._alike[_training(arm), ""].append(arm)
+
+    def of(self, arm: Arm) -> Arm | None:
+        """What a KAN is set beside: a linear control trained alike, with as many parameters if there is one.
+
+        One that started alike comes first; of those without as many parameters the largest.
+        """
+        if not is_kan(arm):
+            return None
+        alike = self._alike[_training(arm), _start(arm)] or self._alike[_training(arm), ""]
+        place = bisect.bisect(alike, _size(arm), key=_size)
+        near = [other for other in alike[max(place - 1, 0) : place + 1] if matched(arm, other)]
+        return min(near, key=lambda other: abs(_size(other) - _size(arm)), default=alike[-1] if alike else None)
 
 
 def is_kan(arm: Arm) -> bool:
@@ -37,13 +53,14 @@ def _size(arm: Arm) -> float:
     return arm.replaced_parameters
 
 
-def _start(arm: Arm) -> Any:
-    return (arm.spec or {}).get("start", "random")
+def _start(arm: Arm) -> str:
+    return str((arm.spec or {}).get("start", "random"))
 
 
-def _training(arm: Arm) -> dict[str, Any]:
+def _training(arm: Arm) -> str:
     """How an arm was trained, less what only a KAN's curriculum has."""
-    return {key: value for key, value in arm.settings.get("train", {}).items() if key != "curriculum"}
+    settings = arm.settings.get("train", {})
+    return json.dumps({key: value for key, value in settings.items() if key != "curriculum"}, sort_keys=True)
 
 
 def missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
@@ -55,9 +72,10 @@ def missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
         yield "the untouched model"
     if not linears:
         yield "a linear restart"
+    teachers = [(_teacher(linear), linear) for linear in linears]
     for kan in kans:
         teacher = _teacher(kan)
-        if not any(matched(kan, linear) for linear in linears if _teacher(linear) == teacher):
+        if not any(other == teacher and matched(kan, linear) for other, linear in teachers):
             how = ", distilled like it" if teacher else ""
             yield f"a linear control with as many parameters as '{kan.name}'{how}"
 

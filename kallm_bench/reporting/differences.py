@@ -16,7 +16,7 @@ from kallm_bench.records.comparison import MARGIN, POWER, Comparison
 from kallm_bench.records.statistics import difference_interval
 from kallm_bench.reporting.answers import AnswerBook
 from kallm_bench.reporting.arms import Arm
-from kallm_bench.reporting.controls import control_of, is_kan, is_linear, matched
+from kallm_bench.reporting.controls import Controls, is_kan, is_linear, matched
 from kallm_bench.reporting.rows import ACCURACIES, figure_of, measured
 from kallm_bench.reporting.table import Figure, Row, Table
 
@@ -60,7 +60,10 @@ def differences_table(
     book: AnswerBook, suite: str, testbed: str, arms: Sequence[Arm], reference: str | None = None
 ) -> Table:
     """A row for each arm that has something to be set beside; `reference` may name an arm, and then all others are."""
-    pairs = [(arm, other) for arm in arms if (other := _other(arm, arms, reference))]
+    controls = Controls(arms)
+    named = [arm for arm in arms if arm.name == reference]
+    others = [controls.of(arm) if reference is None else _named(arm, named) for arm in arms]
+    pairs = [(arm, other) for arm, other in zip(arms, others, strict=True) if other]
     rows = [row for arm, other in pairs if (row := _row(book, arm, other)).figures]
     used = {metric for row in rows for metric in row.figures}
     columns = [(metric, heading) for metric, heading in COLUMNS if metric in used]
@@ -77,11 +80,9 @@ def differences_table(
     )
 
 
-def _other(arm: Arm, arms: Sequence[Arm], reference: str | None) -> Arm | None:
-    if reference is None:
-        return control_of(arm, arms)
-    named = [other for other in arms if other.name == reference]
-    if arm in named:
+def _named(arm: Arm, named: Sequence[Arm]) -> Arm | None:
+    """Of the rows that the reference has, one that was asked the same questions if there is one."""
+    if any(arm is each for each in named):
         return None
     same = [other for other in named if other.settings.get("eval-bbh") == arm.settings.get("eval-bbh")]
     return next(iter(same or named), None)

@@ -7,6 +7,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from kallm_bench.records import Metric, RunRecord
 from kallm_bench.records.comparison import holm
 from kallm_bench.records.statistics import mean_interval
@@ -130,9 +132,9 @@ def _curves(records: Sequence[RunRecord]) -> Iterable[Curve]:
         tokens = next((value for record in records if (value := record.value("trained_tokens"))), 0.0)
         if len(counts) != 1 or not tokens:
             continue
-        means = [statistics.fmean(each) for each in zip(*(metric.samples for metric in metrics), strict=True)]
+        means = np.mean([metric.samples for metric in metrics], axis=0)
         steps = next((len(each.samples) for record in records if (each := measured(record, "train_loss"))), 0)
-        yield Curve(name, _thinned(list(zip(_places(metrics[0], tokens, steps), means, strict=True))))
+        yield Curve(name, _thinned(_places(metrics[0], tokens, steps), means))
 
 
 def _places(metric: Metric, tokens: float, steps: int) -> list[float]:
@@ -145,10 +147,13 @@ def _places(metric: Metric, tokens: float, steps: int) -> list[float]:
     return [*(tokens * number * share for number in range(count - 1)), tokens]
 
 
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    size = -(-len(points) // POINTS)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(group[-1][0], statistics.fmean(loss for _, loss in group)) for group in groups]
+def _thinned(tokens: list[float], losses: np.ndarray) -> list[tuple[float, float]]:
+    """Means of neighbours, each at the last of its places."""
+    size = -(-len(losses) // POINTS)
+    starts = np.arange(0, len(losses), size)
+    ends = np.append(starts[1:], len(losses))
+    means = np.add.reduceat(losses, starts) / (ends - starts)
+    return [(tokens[end - 1], float(mean)) for end, mean in zip(ends, means, strict=True)]
 
 
 def chance_rows(arms: Sequence[Arm]) -> list[Row]:
