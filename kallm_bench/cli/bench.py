@@ -30,7 +30,8 @@ def make_bench(
     """The bench of a command; refuses an unwritable results folder before any work is done. `dry` makes no folder."""
     from kallm_bench.errors import DeviceError
     from kallm_bench.filing import Bench
-    from kallm_bench.profiling import find_device, find_dtype, identity, machine_facts
+    from kallm_bench.profiling import find_device, find_dtype, identity
+    from kallm_bench.profiling.hardware import machine_facts
     from kallm_bench.records import ResultsStore
     from kallm_bench.training import ALONE, asked_for
 

@@ -41,7 +41,8 @@ def name_testbed(
     as_json: Json = False,
 ) -> None:
     """Show this machine as records know it, or name it."""
-    from kallm_bench.profiling import identity, machine_facts
+    from kallm_bench.profiling import identity
+    from kallm_bench.profiling.hardware import machine_facts
     from kallm_bench.records import ResultsStore
 
     store = ResultsStore(results)
