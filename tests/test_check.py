@@ -39,6 +39,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> list[Table]:
         ("kan.parameters > 134e6", True),
         ("kan.decode_tokens_per_second > 75", True),
         ("guessing.accuracy > linear.accuracy", False),
+        ("twice (1).accuracy <= twice (2).accuracy and (twice (1).accuracy) > 5", True),
         ("kan.accuracy >= majority answer.accuracy - 30", True),
     ],
 )
@@ -58,7 +59,7 @@ def test_the_values_are_told(tables: list[Table]) -> None:
         ("kam.accuracy > 1", "no arm 'kam'. Did you mean 'kan'?"),
         ("kan.acuracy > 1", "no metric 'acuracy'. Did you mean 'accuracy'?"),
         ("kan.train_mfu > 1", "kan has no train_mfu; it has accuracy, "),
-        ("twice.accuracy > 1", "2 rows go by 'twice' and were not averaged"),
+        ("twice.accuracy > 1", "2 rows go by 'twice'; name one: twice (1), twice (2)."),
         ("kan.accuracy", "is no condition on arms. Write it as in"),
         ("1 < 2", "is no condition on arms"),
         ("kan.accuracy >", "does not read"),

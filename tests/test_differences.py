@@ -112,6 +112,18 @@ def test_other_questions_are_never_compared(bench: Bench, monkeypatch: pytest.Mo
     assert note in table.notes
 
 
+def test_two_ways_of_asking_are_compared_each_with_itself(bench: Bench) -> None:
+    for name, spec, right in (("linear", LINEAR, 2), ("kan", KAN, 8)):
+        bench.arm(name, 0, spec, 2.0, right=right, replaced=1000)
+        other = ASKED | {"protocol": "zeroshot", "weights": bench.trained}
+        samples = [{"task": "snarks", "index": n, "correct": True} for n in range(8)]
+        bench.record("eval-bbh", name, 0, other, [Metric("accuracy", 1.0, n=8)], samples=samples)
+    table = differences(bench)
+    assert table is not None
+    found = [(row.label, row.words["against"], row.figures["accuracy_difference"].value) for row in table.rows]
+    assert found == [("kan (1)", "linear (1)", 75.0), ("kan (2)", "linear (2)", 0.0)]
+
+
 def test_other_held_out_rows_are_never_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.arm("linear", 0, LINEAR, 2.1, right=0)
     monkeypatch.setattr(test_reporting, "TRAINING", TRAINING | {"heldout": "other rows"})

@@ -50,7 +50,7 @@ def check(expression: str, tables: Sequence[Table]) -> list[Outcome]:
     """
     tables = [table for table in tables if table.kind == "arms"]
     names, condition = _read(expression, tables)
-    having = [table for table in tables if {arm for arm, _ in names.values()} <= {row.name for row in table.rows}]
+    having = [table for table in tables if {arm for arm, _ in names.values()} <= _arms(table)]
     if not having:
         raise RecordError(f"no suite and testbed has all arms of '{expression}'")
     outcomes = []
@@ -67,7 +67,7 @@ def check(expression: str, tables: Sequence[Table]) -> list[Outcome]:
 
 def _read(expression: str, tables: Sequence[Table]) -> tuple[dict[str, tuple[str, str]], ast.expr]:
     """Placeholder -> (arm, metric), and the condition with them. Names may hold signs: the longest that fits counts."""
-    arms = {row.name for table in tables for row in table.rows}
+    arms = {arm for table in tables for arm in _arms(table)}
     metrics = {metric for table in tables for metric in table.metrics}
     operand = re.compile(rf"(?<![\w.])({_any_of(arms)})\.({_any_of(metrics)}|[A-Za-z_]\w*)(?!\w)")
     names: dict[str, tuple[str, str]] = {}
@@ -91,18 +91,27 @@ def _read(expression: str, tables: Sequence[Table]) -> tuple[dict[str, tuple[str
     return names, condition
 
 
+def _arms(table: Table) -> set[str]:
+    """What rows may be called by: their names, and with a number where several go by one."""
+    return {name for row in table.rows for name in (row.name, row.label)}
+
+
 def _any_of(names: Iterable[str]) -> str:
     """A pattern for any of these names, the longest first; for none of none."""
     return "|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))) or "(?!)"
 
 
 def _value(table: Table, arm: str, metric: str) -> float:
-    having = [row for row in table.rows if row.name == arm and metric in row.figures]
+    called = [row for row in table.rows if arm in (row.name, row.label)]
+    having = [row for row in called if metric in row.figures]
     if not having:
-        measured = sorted({name for row in table.rows if row.name == arm for name in row.figures})
+        measured = sorted({name for row in called for name in row.figures})
         raise RecordError(f"{table.title}: {arm} has no {metric}; it has {', '.join(measured) or 'no figures'}")
     if len(having) > 1:
-        raise RecordError(f"{table.title}: {len(having)} rows go by '{arm}' and were not averaged; the notes say why")
+        labels = ", ".join(row.label for row in having)
+        raise RecordError(
+            f"{table.title}: {len(having)} rows go by '{arm}'; name one: {labels}. The notes tell them apart"
+        )
     return _in_points(having[0], metric)
 
 

@@ -15,25 +15,33 @@ MATCHED = 0.02
 
 
 class Controls:
-    """The linear arms of a table, found by how they were trained and how they started, each list by size."""
+    """The linear arms of a table, found by what they have in common with a KAN; each list by size."""
 
     def __init__(self, arms: Sequence[Arm]) -> None:
-        self._alike: dict[tuple[str, str], list[Arm]] = defaultdict(list)
+        self._alike: dict[tuple[str, str, str], list[Arm]] = defaultdict(list)
         for arm in sorted((arm for arm in arms if is_linear(arm)), key=_size):
-            self._alike[_training(arm), _start(arm)].append(arm)
-            self._alike[_training(arm), ""].append(arm)
+            for key in _keys(arm):
+                self._alike[key].append(arm)
 
     def of(self, arm: Arm) -> Arm | None:
         """What a KAN is set beside: a linear control trained alike, with as many parameters if there is one.
 
-        One that started alike comes first; of those without as many parameters the largest.
+        One that was asked the same questions and started alike comes first; of those without as many parameters the
+        largest.
         """
         if not is_kan(arm):
             return None
-        alike = self._alike[_training(arm), _start(arm)] or self._alike[_training(arm), ""]
+        alike: list[Arm] = next((found for key in _keys(arm) if (found := self._alike[key])), [])
         place = bisect.bisect(alike, _size(arm), key=_size)
         near = [other for other in alike[max(place - 1, 0) : place + 1] if matched(arm, other)]
         return min(near, key=lambda other: abs(_size(other) - _size(arm)), default=alike[-1] if alike else None)
+
+
+def _keys(arm: Arm) -> list[tuple[str, str, str]]:
+    """How it was trained; with what else it may have in common with another, the most first."""
+    asked = json.dumps(arm.settings.get("eval-bbh"), sort_keys=True)
+    training, start = _training(arm), str((arm.spec or {}).get("start", "random"))
+    return [(training, start, asked), (training, "", asked), (training, start, ""), (training, "", "")]
 
 
 def is_kan(arm: Arm) -> bool:
@@ -51,10 +59,6 @@ def matched(arm: Arm, other: Arm) -> bool:
 
 def _size(arm: Arm) -> float:
     return arm.replaced_parameters
-
-
-def _start(arm: Arm) -> str:
-    return str((arm.spec or {}).get("start", "random"))
 
 
 def _training(arm: Arm) -> str:
