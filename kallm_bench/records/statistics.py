@@ -41,7 +41,7 @@ def difference_interval(ours: Mapping[int, float], theirs: Mapping[int, float]) 
 
 
 def accuracy_interval(
-    correct: Mapping[str, np.ndarray], level: float = 0.95, replicates: int = 10_000, seed: int = 0
+    correct: Mapping[str, np.ndarray], level: float = 0.95, replicates: int = 4_000, seed: int = 0
 ) -> Interval:
     """Interval of the plain mean over tasks, by the bootstrap over the questions of each task.
 
