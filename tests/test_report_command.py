@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 from pathlib import Path
 
 import pytest
 from conftest import Run
+from rich.console import Console
 from test_reporting import Bench
+
+from kallm_bench import console
+from kallm_bench.records import ResultsStore
+from kallm_bench.reporting import build_tables, grid
 
 
 @pytest.fixture
@@ -101,3 +108,16 @@ def test_what_is_set_aside_is_named_and_the_rest_reported(home: Path, kallm: Run
     ]
     assert kallm("report", "--out", "r.html")[0] == 0
     assert "not the description of a testbed" in (home / "r.html").read_text()
+
+
+@pytest.mark.parametrize("width", [60, 100, 400])
+def test_tables_are_readable_on_any_terminal(home: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "out", Console(file=(file := io.StringIO()), width=width))
+    tables = build_tables(ResultsStore("results"))
+    console.show_tables([dataclasses.replace(table, notes=()) for table in tables])
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    for row in tables[0].rows:
+        assert any(row.name in line and row.what in line for line in lines) or width == 400
+    for text in (text for table in tables for line in grid(table) for text in line if text not in ("–", "what")):
+        assert any(text in line for line in lines), text
