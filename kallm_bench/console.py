@@ -227,6 +227,7 @@ def show_records(records: Sequence[RunRecord], as_json: bool, written: Collectio
     for record in records:
         _show_figures(record)
         _show_parts(record)
+        _show_marks(record)
         if record.artifacts:
             out.print(f"Checkpoint: {record.artifacts[0].path.rpartition('/')[0]}")
         out.print(f"Record: {record.id}")
@@ -240,9 +241,23 @@ def _show_figures(record: RunRecord) -> None:
         title=f"{record.stage}: {record.arm}", title_justify="left", title_style="bold", show_header=False
     )
     for metric in record.metrics:
-        if "/" not in metric.name:
-            table.add_row(metric.name, Text(_written(metric), justify="right"), metric.note)
+        if "/" not in metric.name and metric.name not in ENDS:
+            table.add_row(metric.name, Text(_written(record, metric), justify="right"), metric.note)
     out.print(table)
+
+
+ENDS = ("accuracy_low", "accuracy_high")
+"""Figures that are shown as the interval of another."""
+
+
+def _show_marks(record: RunRecord) -> None:
+    """What the marks beside its figures mean."""
+    from kallm_bench.reporting import EXPLAINED, judged
+
+    marks = {judged(record, metric.name)[1] for metric in record.metrics}
+    for mark, text in EXPLAINED.items():
+        if mark in marks:
+            out.print(text, style="dim")
 
 
 def _show_parts(record: RunRecord) -> None:
@@ -250,20 +265,22 @@ def _show_parts(record: RunRecord) -> None:
     parts: dict[str, dict[str, str]] = {}
     for metric in record.metrics:
         name, slash, part = metric.name.partition("/")
-        if slash:
-            parts.setdefault(part, {})[name] = _written(metric)
+        if slash and name not in ENDS:
+            parts.setdefault(part, {})[name] = _written(record, metric)
     if parts:
         names = list(dict.fromkeys(name for figures in parts.values() for name in figures))
-        headings = [name.removesuffix("_accuracy") for name in names]
+        headings = [name.removesuffix("_accuracy").replace("_", " ") for name in names]
         show_rows(
             ["", *headings], [[part, *(figures.get(name, "") for name in names)] for part, figures in parts.items()]
         )
 
 
-def _written(metric: Metric) -> str:
-    from kallm_bench.reporting import Figure, written
+def _written(record: RunRecord, metric: Metric) -> str:
+    from kallm_bench.reporting import Figure, judged, written
 
-    return "not measured" if metric.value is None else written(metric.name, Figure(metric.value))
+    if metric.value is None:
+        return "not measured"
+    return written(metric.name, Figure(metric.value, *judged(record, metric.name)))
 
 
 def show_tables(tables: Sequence[Table]) -> None:
@@ -465,14 +482,14 @@ def show_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = RichTable()
     for number, heading in enumerate(headings):
         figures = number > 0 and all(_is_figure(row[number]) for row in rows)
-        table.add_column(heading, justify="right" if figures else "left", overflow="fold")
+        table.add_column(heading, justify="right" if figures else "left", overflow="fold", no_wrap=figures)
     for row in rows:
         table.add_row(*row)
     out.print(table)
 
 
 def _is_figure(text: str) -> bool:
-    return not text or text[0].isdigit()
+    return not text or text.removeprefix("-")[:1].isdigit()
 
 
 def say(text: str) -> None:

@@ -28,7 +28,7 @@ from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Artifact, Metric, ResultsStore, RunRecord, settings_key
 from kallm_bench.training import ALONE, Processes
 
-CODE = {"cut": 1, "retrofit": 1, "train": 2, "eval-bbh": 1, "profile": 2, "kernels": 4}
+CODE = {"cut": 1, "retrofit": 1, "train": 2, "eval-bbh": 2, "profile": 2, "kernels": 4}
 """The stages, and the version of each one's code: raise it when a change of code changes results."""
 
 
@@ -151,6 +151,11 @@ def ref_after(record: RunRecord, before: ModelRef, remake: Callable[[], RunRecor
     return ModelRef(str(_folder_of(record)), record.model["fingerprint"], (*before.lineage, entry), before.base, remake)
 
 
+def new_id(started: datetime, stage: str, arm: str, seed: int, key: str) -> str:
+    """A record's id: no other has it."""
+    return f"{started:%Y%m%dT%H%M%SZ}-{stage}-{arm}-s{seed}-{key[:8]}-{uuid.uuid4().hex[:4]}"
+
+
 @dataclass
 class Stage:
     """One stage about to run: its key, and how its record is written.
@@ -186,8 +191,7 @@ class Stage:
 
     @functools.cached_property
     def id(self) -> str:
-        label = f"{self.name}-{self.arm}-s{self.bench.seed}"
-        return f"{self.started:%Y%m%dT%H%M%SZ}-{label}-{self.key[:8]}-{uuid.uuid4().hex[:4]}"
+        return new_id(self.started, self.name, self.arm, self.bench.seed, self.key)
 
     @contextmanager
     def claimed(self, weights_needed: bool = True, again: bool = False) -> Iterator[RunRecord | None]:

@@ -292,7 +292,8 @@ def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
     for key, value in values.items():
         wanted = typing.get_args(types[key]) if isinstance(types[key], types_module.UnionType) else (types[key],)
         plain = tuple(typing.get_origin(each) or each for each in wanted)
-        if isinstance(value, bool) or not (isinstance(value, plain) or (float in plain and isinstance(value, int))):
+        number = isinstance(value, int) and float in plain
+        if not (bool in plain if isinstance(value, bool) else isinstance(value, plain) or number):
             names = " or ".join(each.__name__ for each in plain if each is not type(None))
             raise SuiteError(f"{where}: {key} should be of type {names}, got {value!r}")
     return kind(**values)

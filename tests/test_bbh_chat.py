@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kallm_bench.bbh.evaluate import ask, score
 from kallm_bench.bbh.extraction import is_right, read_answer
 from kallm_bench.bbh.prompts import build_prompts
 from kallm_bench.bbh.protocols import PROTOCOLS, find_protocol
 from kallm_bench.bbh.questions import QuestionSet, load_questions
+from kallm_bench.bbh.scores import score
 from kallm_bench.bbh.tasks import TASKS, Question
 from kallm_bench.errors import BBHError
 
@@ -116,7 +115,8 @@ def test_guessing_and_majority_are_what_was_measured_independently(shared_data: 
     """Macro means over all 27 tasks: uniform 26.63 %, majority 30.44 %."""
     questions = load_questions(str(shared_data / "data/bbh"))
     nothing = [
-        {"task": q.task, "index": q.index, "correct": False, "extracted": None, "forwarded_tokens": 0}
+        {"task": q.task, "index": q.index, "correct": False, "extracted": None}
+        | {"target_loglikelihood": None, "left_out_tokens": 0, "forwarded_tokens": 0}
         for q in questions.questions
     ]
     figures = {metric.name: metric.value for metric in score(nothing, questions)}
@@ -155,37 +155,6 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("KALLM_BBH_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(BBHError, match="no folder"):
         load_questions(None)  # never silently procedural
-
-
-def test_a_stopped_evaluation_asks_only_what_is_missing(
-    tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path
-) -> None:
-    """A run that is stopped and one that is not give the same samples, and nothing is asked twice."""
-    model = tiny_llama()
-    questions = load_questions("procedural", tasks=["navigate", "web_of_lies"], limit=4)
-    arguments = (model, bundled_tokenizer, questions, PROTOCOLS["chat"], 4)
-    whole = ask(*arguments, tmp_path / "whole.jsonl", batch_size=1)
-
-    stopped = tmp_path / "stopped.jsonl"
-    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
-    stopped.write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote the fourth
-    asked = []
-    again = ask(*arguments, stopped, batch_size=1, watch=lambda work, done, total, note="": asked.append(done))
-    assert again == whole
-    assert asked == [4, 5, 6, 7, 8]
-
-
-def test_padding_changes_no_reply(bundled: Any, tmp_path: Path) -> None:
-    """Prompts of different length, alone and padded beside each other, on the real model."""
-    model, tokenizer = bundled
-    questions = load_questions("procedural", tasks=["boolean_expressions", "navigate", "word_sorting"], limit=1)
-    replies = []
-    for batch_size in (1, 3):
-        partial = tmp_path / f"{batch_size}.jsonl"
-        samples = ask(copy.deepcopy(model), tokenizer, questions, PROTOCOLS["chat"], 6, partial, batch_size)
-        replies.append([sample["completion"] for sample in samples])
-    assert replies[0] == replies[1]
-    assert len(set(replies[0])) > 1
 
 
 def test_a_limit_keeps_the_first_questions_and_the_majority_of_all() -> None:

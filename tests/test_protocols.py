@@ -19,13 +19,15 @@ import pytest
 from conftest import Run
 
 from kallm_bench.bbh.aggregate import leaderboard_score, mean_and_error
-from kallm_bench.bbh.evaluate import ask, reread, score, score_as_lm_eval
+from kallm_bench.bbh.evaluate import Exam, ask, reread
 from kallm_bench.bbh.fixed_reading import read_fixed
 from kallm_bench.bbh.lm_eval_reading import INVALID, answers, cut, number_in_words
 from kallm_bench.bbh.prompts import Prompt, build_prompts, fingerprint
 from kallm_bench.bbh.protocols import LM_EVAL_PROTOCOLS, PROTOCOLS, find_protocol
 from kallm_bench.bbh.questions import QuestionSet, load_questions
-from kallm_bench.bbh.readings import likeliest, read_reply
+from kallm_bench.bbh.readings import by_likelihood, read_reply
+from kallm_bench.bbh.samples import Unfinished
+from kallm_bench.bbh.scores import score, score_as_lm_eval
 from kallm_bench.bbh.tasks import TASKS, Question
 from kallm_bench.errors import BBHError
 from kallm_bench.models import save_checkpoint
@@ -166,10 +168,10 @@ def test_numbers_in_words(text: str, value: int) -> None:
     assert number_in_words(text) == value
 
 
-def test_the_likeliest_choice_is_that_by_characters_and_the_first_of_equals() -> None:
-    assert likeliest(["no", "yes"], [-2.0, -3.0]) == "no"
-    assert likeliest(["no", "yes"], [-2.0, -2.9]) == "yes"
-    assert likeliest(["no", "not plausible"], [-1.0, -6.0]) == "not plausible"
+def test_choices_are_ordered_by_characters_and_as_they_came_where_equal() -> None:
+    assert by_likelihood(["no", "yes"], [-2.0, -3.0]) == [0, 1]
+    assert by_likelihood(["no", "yes"], [-2.0, -2.9]) == [1, 0]
+    assert by_likelihood(["no", "not plausible", "yes"], [-1.0, -6.0, -6.0]) == [1, 0, 2]
 
 
 def test_averages_are_those_over_questions() -> None:
@@ -197,6 +199,8 @@ def test_guessing_on_the_leaderboard_is_what_was_measured_independently(shared_d
             "index": q.index,
             "correct": q.target in protocol.choices(q, "lm-eval"),
             "extracted": None,
+            "target_loglikelihood": None,
+            "left_out_tokens": 0,
             "forwarded_tokens": 0,
         }
         for q in questions.questions
@@ -223,7 +227,9 @@ def test_the_fixed_leaderboard_compares_what_a_question_lists(shared_data: Path)
 
 
 def replies_in(model: Any, tokenizer: Any, questions: QuestionSet, reading: str, partial: Path) -> list[dict[str, Any]]:
-    return ask(model, tokenizer, questions, PROTOCOLS["cot-zeroshot"], 8, partial, reading=reading)
+    protocol = PROTOCOLS["cot-zeroshot"]
+    prompts = build_prompts(questions, protocol, None, reading, 8)
+    return ask(model, tokenizer, Exam(protocol, reading, questions, tuple(prompts), 8), Unfinished(partial))
 
 
 def test_stored_replies_are_read_anew_without_a_model(tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path) -> None:
@@ -339,8 +345,7 @@ def test_a_record_says_how_replies_were_read(
         assert code == 0, err
         [found[protocol, *reading[1:]]] = json.loads(out)
     settings = {name: record["settings"] for name, record in found.items()}
-    assert "reading" not in settings["chat",]  # as before there were readings: the same key finds its records
-    assert [settings[name]["reading"] for name in (("zeroshot",), ("zeroshot", "lm-eval"))] == ["fixed", "lm-eval"]
+    assert [each["reading"] for each in settings.values()] == ["chat", "fixed", "lm-eval"]
     assert len({record["key"] for record in found.values()}) == 3
     measured = {name: {metric["name"] for metric in record["metrics"]} for name, record in found.items()}
     assert measured["zeroshot",] - measured["chat",] == {"question_accuracy", "question_accuracy_error"}

@@ -1,41 +1,28 @@
-"""Ask every question, keep every reply, count what was right."""
+"""Ask every question, keep every answer, read what was kept anew."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel
+import numpy as np
+from transformers import PreTrainedModel
 
-from kallm_bench.bbh.aggregate import leaderboard_score, mean_and_error
-from kallm_bench.bbh.generation import answer
-from kallm_bench.bbh.prompts import Prompt, build_prompts
-from kallm_bench.bbh.protocols import LEADERBOARD_CHOICES, Protocol
-from kallm_bench.bbh.questions import QuestionSet
-from kallm_bench.bbh.readings import read_reply
+from kallm_bench.bbh.generation import generate
+from kallm_bench.bbh.prompts import Prompt, build_prompts, fingerprint
+from kallm_bench.bbh.protocols import Protocol, find_protocol
+from kallm_bench.bbh.questions import QuestionSet, load_questions
+from kallm_bench.bbh.readings import by_likelihood, read_reply
+from kallm_bench.bbh.samples import Key, Sample, Unfinished, key_of, sample_of
+from kallm_bench.bbh.scores import score, score_as_lm_eval
+from kallm_bench.bbh.scoring import score_choices
 from kallm_bench.bbh.tasks import Question
 from kallm_bench.errors import BBHError
-from kallm_bench.files import explained, write_file
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Metric
-
-Sample = dict[str, Any]
-SAMPLE_FIELDS = {
-    "task",
-    "index",
-    "protocol",
-    "prompt_sha256",
-    "choices",
-    "completion",
-    "extracted",
-    "target",
-    "correct",
-    "forwarded_tokens",
-}
+from kallm_bench.training.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -48,6 +35,7 @@ class EvalSettings:
         source, tasks, limit: see questions.load_questions.
         max_new_tokens: where an answer is cut; None for the protocol's own.
         questions_seed: of procedural questions. Not an arm's seed: every arm gets the same questions.
+        batch_invariant: whether replies do not depend on the batch size, to the bit. Likelihoods never do.
 
     Raises:
         BBHError: a count below 1.
@@ -60,122 +48,213 @@ class EvalSettings:
     max_new_tokens: int | None = None
     questions_seed: int = 0
     reading: str | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if (self.limit is not None and self.limit < 1) or (self.max_new_tokens is not None and self.max_new_tokens < 1):
             raise BBHError(f"limit and max_new_tokens must be at least 1, got {self.limit} and {self.max_new_tokens}")
 
+    @property
+    def asks_templates(self) -> bool:
+        """Whether a tokenizer's chat template takes part."""
+        return find_protocol(self.protocol).chat
+
+    def questions(self) -> QuestionSet:
+        """Those that are asked for and that the protocol can put. Raises as load_questions and answerable."""
+        protocol = find_protocol(self.protocol)
+        found = load_questions(self.source, self.tasks, self.limit, self.questions_seed, protocol.tasks)
+        return answerable(found, protocol, protocol.find_reading(self.reading))
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What is asked, and how what comes back is read.
+
+    Args:
+        prompts: of the questions, in their order.
+    """
+
+    protocol: Protocol
+    reading: str
+    questions: QuestionSet
+    prompts: tuple[Prompt, ...]
+    max_new_tokens: int
+    batch_invariant: bool = False
+
+    def described(self) -> dict[str, Any]:
+        """The part of a stage's settings, without what differs where the same is asked."""
+        replies = {} if self.protocol.compared else {"batch_invariant": self.batch_invariant}
+        return {
+            "protocol": self.protocol.name,
+            "reading": self.reading,
+            "tasks": list(self.questions.tasks),
+            "max_new_tokens": self.max_new_tokens,
+            "questions": self.questions.fingerprint,
+            "prompts": fingerprint(self.prompts),
+            **replies,
+        }
+
+
+def figures(samples: Sequence[Sample], questions: QuestionSet, protocol: Protocol, reading: str) -> list[Metric]:
+    """Every figure of the samples of these questions, one a question."""
+    found = score(samples, questions, lambda question: protocol.guessable(question, reading))
+    return [*found, *(score_as_lm_eval(samples, bool(protocol.compared)) if protocol.group else [])]
+
+
+def answerable(questions: QuestionSet, protocol: Protocol, reading: str) -> QuestionSet:
+    """The questions that the protocol can put. BBHError where none is left."""
+    kept = tuple(question for question in questions.questions if protocol.can_answer(question, reading))
+    if not kept:
+        raise BBHError(f"no question of {', '.join(questions.tasks)} has a right answer among the choices compared")
+    return dataclasses.replace(questions, questions=kept)
+
+
+def prepare(settings: EvalSettings, tokenizer: Any = None) -> Exam:
+    """The questions as a model is asked them.
+
+    Args:
+        tokenizer: of the model; only its chat template takes part, where `settings.asks_templates`.
+
+    Raises:
+        BBHError: see load_questions and build_prompts; no question that the protocol could put.
+    """
+    protocol = find_protocol(settings.protocol)
+    reading = protocol.find_reading(settings.reading)
+    questions = settings.questions()
+    prompts = build_prompts(questions, protocol, tokenizer, reading, settings.max_new_tokens)
+    most = 0 if protocol.compared else settings.max_new_tokens or protocol.max_new_tokens
+    return Exam(protocol, reading, questions, tuple(prompts), most, settings.batch_invariant)
+
 
 def ask(
     model: PreTrainedModel,
     tokenizer: Any,
-    questions: QuestionSet,
-    protocol: Protocol,
-    max_new_tokens: int,
-    partial: Path,
+    exam: Exam,
+    unfinished: Unfinished,
+    *,
     batch_size: int = 16,
+    processes: Processes = ALONE,
     watch: Watch = nobody,
-    reading: str | None = None,
 ) -> list[Sample]:
-    """Puts every question to the model, whose generation settings it replaces by plain greedy ones.
+    """Puts every question to the model.
 
-    Replies are appended to `partial` as they come, so that a run that was stopped asks only what is missing. Questions
-    go in the order of their length, so that little is padded.
+    Samples are kept as they come, so that a run that was stopped asks only what is missing, and ends with the same.
+    Several processes take a part of the questions each; all have to call this.
 
     Args:
-        partial: JSON lines, one a question; the caller removes it when the samples are safe.
-        batch_size: questions at once; halved where memory runs out.
-        reading: how replies are read; None for the protocol's own.
+        unfinished: where samples are kept; the caller removes it when they are safe elsewhere.
+        batch_size: replies at once; halved where memory runs out. Likelihoods take what suits the device.
 
     Returns:
-        One sample a question, in the questions' order.
-
-    Raises:
-        BBHError: the protocol compares likelihoods; see also build_prompts.
+        One sample a question, in the questions' order; on other processes than the first none.
     """
-    if protocol.compared:
-        raise BBHError(f"protocol '{protocol.name}' compares likelihoods, and this asks for replies; take zeroshot")
-    reading = protocol.find_reading(reading)
-    built = build_prompts(questions, protocol, tokenizer, reading, max_new_tokens)
-    prompts = {(prompt.task, prompt.index): prompt for prompt in built}
-    ids = {
-        key: tokenizer(prompt.text, add_special_tokens=not prompt.templated)["input_ids"]
-        for key, prompt in prompts.items()
-    }
-    samples = {(sample["task"], sample["index"]): sample for sample in _read(partial)}
-    missing = [q for q in questions.questions if (q.task, q.index) not in samples]
-    missing.sort(key=lambda q: (len(ids[q.task, q.index]), q.task, q.index))
-    total = len(questions.questions)
-    with explained(partial):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    model.generation_config = GenerationConfig(
-        eos_token_id=model.generation_config.eos_token_id, pad_token_id=model.generation_config.pad_token_id
-    )  # greedy and nothing else: no repetition penalty or minimum length that a model may ship with
-    while missing:
-        batch = missing[:batch_size]
-        keys = [(q.task, q.index) for q in batch]
-        try:
-            replies, forwarded = answer(model, tokenizer, [ids[key] for key in keys], max_new_tokens)
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-            batch_size = max(1, len(batch) // 2)
-            watch("questions", len(samples), total, f"out of memory, {batch_size} at once from here")
-            continue
-        for question, key, reply in zip(batch, keys, replies, strict=True):
-            samples[key] = _sample(question, protocol, reading, prompts[key], reply, forwarded / len(batch))
-        with explained(partial), partial.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(samples[key], ensure_ascii=False) + "\n" for key in keys))
-        del missing[:batch_size]
-        right = sum(sample["correct"] for sample in samples.values())
-        watch("questions", len(samples), total, f"{right} right")
-    return [samples[q.task, q.index] for q in questions.questions]
+    known = unfinished.read() if processes.first else {}
+    done = {(task, index) for task, index in processes.tell(sorted(known))}
+    told = _Told(watch, len(done), len(exam.prompts), sum(sample["correct"] for sample in known.values()))
+    way = _likelihoods if exam.protocol.compared else _replies
+    found = []
+    with unfinished.writing(processes.number) as keep:
+        for sample in way(model, tokenizer, exam, done, batch_size, processes, told):
+            keep(sample)
+            told.add(sample)
+            found.append(sample)
+    samples = known | {key_of(sample): sample for each in processes.gather(found) for sample in each}
+    return [samples[question.task, question.index] for question in exam.questions.questions] if processes.first else []
 
 
-def score(
-    samples: Sequence[Sample],
-    questions: QuestionSet,
-    choices: Callable[[Question], Sequence[str]] = lambda question: question.choices,
-) -> list[Metric]:
-    """Accuracy a task and its plain mean, guessing and majority beside each, and the share of unreadable replies.
+class _Told:
+    """Passes on what an engine tells of its part of the questions, and how many were answered right."""
 
-    Args:
-        choices: what guessing chooses among; by default what the question lists.
-    """
-    metrics = []
-    right = {(sample["task"], sample["index"]): bool(sample["correct"]) for sample in samples}
-    for task in questions.tasks:
-        asked = [q for q in questions.questions if q.task == task]
-        correct = [float(right[q.task, q.index]) for q in asked]
-        guessed = [(q.target in choices(q)) / max(1, len(choices(q))) for q in asked]
-        majority = [float(q.target == questions.majority[task]) for q in asked]
-        for name, values in (("accuracy", correct), ("guessing_accuracy", guessed), ("majority_accuracy", majority)):
-            metrics.append(Metric(f"{name}/{task}", sum(values) / len(values), n=len(values)))
-    means = [
-        Metric(name, _mean([metric for metric in metrics if metric.name.startswith(f"{name}/")]), n=len(samples))
-        for name in ("accuracy", "guessing_accuracy", "majority_accuracy")
-    ]
-    invalid = sum(sample["extracted"] is None for sample in samples) / len(samples)
-    forwarded = sum(sample["forwarded_tokens"] for sample in samples)
-    return [*means, Metric("invalid_rate", invalid, n=len(samples)), Metric("forwarded_tokens", forwarded), *metrics]
+    def __init__(self, watch: Watch, done: int, total: int, right: int) -> None:
+        self.watch, self.done, self.total, self.right = watch, done, total, right
+        self.note = ""
+        watch("questions", done, total)
+
+    def __call__(self, work: str, done: int, total: int, note: str = "") -> None:
+        self.note = note
+        if note and not note.endswith("tokens/s"):
+            self.watch("questions", self.done, self.total, note)
+
+    def add(self, sample: Sample) -> None:
+        self.done, self.right = self.done + 1, self.right + sample["correct"]
+        speed = [self.note] if self.note.endswith("tokens/s") else []
+        self.watch("questions", self.done, self.total, ", ".join([f"{self.right} right", *speed]))
+
+
+def _likelihoods(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    exam: Exam,
+    done: set[Key],
+    batch_size: int,
+    processes: Processes,
+    watch: Watch,
+) -> Iterator[Sample]:
+    prompts = {(prompt.task, prompt.index): prompt for prompt in exam.prompts}
+    part = processes.number, processes.count
+    for scores in score_choices(model, tokenizer, exam.prompts, done=done, part=part, watch=watch):
+        prompt = prompts[scores.task, scores.index]
+        yield sample_of(
+            prompt,
+            exam.protocol.name,
+            completion=None,
+            left_out_tokens=scores.left_out_tokens,
+            forwarded_tokens=scores.forwarded_tokens,
+            **_compared(prompt.choices, scores.loglikelihoods, prompt.target),
+        )
+
+
+def _replies(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    exam: Exam,
+    done: set[Key],
+    batch_size: int,
+    processes: Processes,
+    watch: Watch,
+) -> Iterator[Sample]:
+    first: dict[str, int] = {}
+    for number, prompt in enumerate(exam.prompts):
+        first.setdefault(prompt.shared, number)
+    missing = [number for number, prompt in enumerate(exam.prompts) if (prompt.task, prompt.index) not in done]
+    mine = processes.share(np.array(missing, dtype=int)).tolist()
+    asked = [exam.prompts[number] for number in mine]
+    invariant = exam.batch_invariant
+    for reply in generate(model, tokenizer, asked, batch_size=batch_size, batch_invariant=invariant, watch=watch):
+        number = mine[reply.number]
+        prompt, question = exam.prompts[number], exam.questions.questions[number]
+        extracted, right = read_reply(exam.protocol, exam.reading, question, reply.text)
+        shared = 0 if first[prompt.shared] == number else reply.shared_tokens  # counted with the first that has it
+        yield sample_of(
+            prompt,
+            exam.protocol.name,
+            choices=list(question.choices),
+            loglikelihoods=[],
+            completion=reply.text,
+            extracted=extracted,
+            correct=right,
+            target_loglikelihood=None,
+            target_rank=None,
+            left_out_tokens=reply.cut_tokens,
+            forwarded_tokens=reply.prompt_tokens - shared + len(reply.tokens) - 1,  # the last is never fed back
+        )
 
 
 def reread(
-    samples: Sequence[Sample], questions: QuestionSet, protocol: Protocol, reading: str, generated_for: str
+    samples: Sequence[Sample], questions: QuestionSet, protocol: Protocol, reading: str, asked_for: str
 ) -> list[Sample]:
-    """The samples as another reading has them; no model is asked.
+    """The samples as another reading has them; no model is asked. Without those of questions that it leaves out.
 
     Args:
-        samples: of the protocol, with the completions as they were generated.
-        generated_for: the reading that decided where those end.
+        samples: of the protocol, with the completions as they were generated, or the likelihoods of choices.
+        asked_for: the reading that decided where completions end, and which choices were compared.
 
     Raises:
-        BBHError: a completion may end before this reading would end it; a sample is of no question here; a reading
-            that the protocol does not have.
+        BBHError: a completion may end before this reading would end it, or choices are missing; a sample is of no
+            question here; a reading that the protocol does not have.
     """
-    reading, generated_for = protocol.find_reading(reading), protocol.find_reading(generated_for)
-    if reading == "fixed" and protocol.stops[reading] != protocol.stops[generated_for]:
+    reading, asked_for = protocol.find_reading(reading), protocol.find_reading(asked_for)
+    if reading == "fixed" and protocol.stops[reading] != protocol.stops[asked_for]:
         raise BBHError(
             f"replies to '{protocol.name}' that were ended as lm-eval ends them may lack what the fixed reading needs; "
             "ask again with --reading fixed"
@@ -183,70 +262,40 @@ def reread(
     asked = {(question.task, question.index): question for question in questions.questions}
     found = []
     for sample in samples:
-        key = (sample["task"], sample["index"])
+        key = key_of(sample)
         if key not in asked:
             raise BBHError(f"no question {key[1]} of task '{key[0]}' in {questions.source}; these are other questions")
-        extracted, right = read_reply(protocol, reading, asked[key], sample["completion"])
-        found.append(sample | {"extracted": extracted, "correct": right})
+        if protocol.can_answer(asked[key], reading):
+            read = _read_choices if protocol.compared else _read_completion
+            found.append(read(sample, asked[key], protocol, reading))
     return found
 
 
-def score_as_lm_eval(samples: Sequence[Sample], leaderboard: bool) -> list[Metric]:
-    """Accuracy as lm-eval averages it, over questions, with its standard error; of `leaderboard` the normalised score.
-
-    These stand beside what `score` gives, for the protocols that lm-eval has.
-    """
-    right: dict[str, list[float]] = {}
-    for sample in samples:
-        right.setdefault(sample["task"], []).append(float(sample["correct"]))
-    mean, error = mean_and_error(right)
-    metrics = [Metric("question_accuracy", mean, n=len(samples))]
-    if error is not None:
-        metrics.append(Metric("question_accuracy_error", error, n=len(samples)))
-    if leaderboard:
-        means = {task: sum(values) / len(values) for task, values in right.items()}
-        choices = {task: len(LEADERBOARD_CHOICES[task]) for task in right}
-        metrics.append(Metric("leaderboard_score", leaderboard_score(means, choices), n=len(samples)))
-    return metrics
+def _read_completion(sample: Sample, question: Question, protocol: Protocol, reading: str) -> Sample:
+    extracted, right = read_reply(protocol, reading, question, sample["completion"])
+    return sample | {"extracted": extracted, "correct": right}
 
 
-def _mean(metrics: Sequence[Metric]) -> float:
-    return sum(metric.value or 0.0 for metric in metrics) / len(metrics)
+def _read_choices(sample: Sample, question: Question, protocol: Protocol, reading: str) -> Sample:
+    values = dict(zip(sample["choices"], sample["loglikelihoods"], strict=True))
+    choices = protocol.choices(question, reading)
+    if missing := [choice for choice in choices if choice not in values]:
+        raise BBHError(
+            f"{question.task} {question.index}: {', '.join(missing)} was not compared; "
+            f"ask again with --reading {reading}"
+        )
+    return sample | _compared(choices, [values[choice] for choice in choices], question.target)
 
 
-def _sample(
-    question: Question, protocol: Protocol, reading: str, prompt: Prompt, reply: str, forwarded: float
-) -> Sample:
-    extracted, right = read_reply(protocol, reading, question, reply)
+def _compared(choices: Sequence[str], loglikelihoods: Sequence[float], target: str) -> dict[str, Any]:
+    """What a sample says of choices that were compared."""
+    ranked = [choices[number] for number in by_likelihood(choices, loglikelihoods)]
+    among = target in choices
     return {
-        "task": question.task,
-        "index": question.index,
-        "protocol": protocol.name,
-        "prompt_sha256": prompt.sha256,
-        "choices": list(question.choices),
-        "completion": reply,
-        "extracted": extracted,
-        "target": question.target,
-        "correct": right,
-        "forwarded_tokens": forwarded,
+        "choices": list(choices),
+        "loglikelihoods": list(loglikelihoods),
+        "extracted": ranked[0],
+        "correct": ranked[0] == target,
+        "target_loglikelihood": loglikelihoods[choices.index(target)] if among else None,
+        "target_rank": ranked.index(target) + 1 if among else None,
     }
-
-
-def _read(partial: Path) -> list[Sample]:
-    """The samples of an earlier run; lines that were cut off or damaged are dropped, and asked again."""
-    if not partial.is_file():
-        return []
-    lines = partial.read_bytes().splitlines(keepends=True)
-    samples = {line: sample for line in lines if (sample := _sample_in(line))}
-    if len(samples) < len(lines):
-        write_file(partial, b"".join(samples))
-    return list(samples.values())
-
-
-def _sample_in(line: bytes) -> Sample | None:
-    try:
-        sample = json.loads(line)
-    except ValueError:
-        return None
-    whole = isinstance(sample, dict) and set(sample) == SAMPLE_FIELDS and line.endswith(b"\n")
-    return sample if whole else None

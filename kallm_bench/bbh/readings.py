@@ -31,12 +31,12 @@ def read_reply(protocol: Protocol, reading: str, question: Question, reply: str)
     return answer, answer is not None and answer == question.target
 
 
-def likeliest(choices: Sequence[str], loglikelihoods: Sequence[float]) -> str:
-    """The choice with the highest log-likelihood a character, as lm-eval's acc_norm takes it; of equal ones the first.
+def by_likelihood(choices: Sequence[str], loglikelihoods: Sequence[float]) -> list[int]:
+    """The numbers of choices by their log-likelihood a character, the highest first, as lm-eval's acc_norm takes it.
 
     Args:
-        choices: without the space before them, which is not counted.
+        choices: without the space before them, which is not counted; of equal ones the first comes first.
         loglikelihoods: in nats, of each.
     """
     each = [value / len(choice) for choice, value in zip(choices, loglikelihoods, strict=True)]
-    return choices[each.index(max(each))]
+    return sorted(range(len(each)), key=lambda number: -each[number])

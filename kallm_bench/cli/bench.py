@@ -36,7 +36,9 @@ def make_bench(
     from kallm_bench.training import ALONE, asked_for
 
     if processes is None and asked_for() > 1:
-        raise DeviceError(f"{asked_for()} processes were started for this; only `kallm train` runs on several")
+        raise DeviceError(
+            f"{asked_for()} processes were started for this; only `kallm train` and `kallm eval-bbh` run on several"
+        )
     processes = processes or ALONE
     where = processes.device or find_device(device)
     computes_in = find_dtype(dtype, where)

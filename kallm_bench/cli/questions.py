@@ -36,6 +36,13 @@ def eval_bbh(
         typer.Option("--prompts-only", help="Write what would be asked to --out; of all lm-eval protocols if none."),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="With --prompts-only: JSON lines to write.")] = None,
+    rescore: Annotated[
+        str | None,
+        typer.Option(metavar="RECORD", help="Read the answers of this record anew, as --reading has it; no model."),
+    ] = None,
+    batch_invariant: Annotated[
+        bool, typer.Option("--batch-invariant", help="Replies that no batch size changes by a bit; slower.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
@@ -47,16 +54,27 @@ def eval_bbh(
 
     kallm eval-bbh runs/... --source path/to/BIG-Bench-Hard --limit 20
     kallm eval-bbh --prompts-only --out prompts.jsonl
+    kallm eval-bbh --rescore 20261122T134327Z-eval-bbh --reading lm-eval
+    torchrun --nproc-per-node 2 -m kallm_bench.cli eval-bbh CKPT --protocol leaderboard
     """
     if prompts_only != (out is not None):
         raise typer.BadParameter("--prompts-only and --out FILE go together")
+    if rescore is not None and (prompts_only or protocol or tasks or limit or max_new_tokens or batch_invariant):
+        raise typer.BadParameter("--rescore takes --reading, --source and --results: the record says the rest")
     from kallm_bench import engine
     from kallm_bench.bbh.evaluate import EvalSettings
     from kallm_bench.bbh.protocols import LM_EVAL_PROTOCOLS
     from kallm_bench.filing import find_ref
+    from kallm_bench.profiling import find_device
+    from kallm_bench.records import ResultsStore
+    from kallm_bench.training import join
 
+    if rescore is not None:
+        store = ResultsStore(results)
+        console.show_records([engine.rescore(store, rescore, reading, source)], as_json, store.written)
+        return
     chosen = tuple(read_names(tasks, "--tasks")) if tasks else ()
-    settings = EvalSettings(protocol or "chat", source, chosen, limit, max_new_tokens, reading=reading)
+    settings = EvalSettings(protocol or "chat", source, chosen, limit, max_new_tokens, 0, reading, batch_invariant)
     if out is not None:
         asked = [protocol] if protocol else LM_EVAL_PROTOCOLS
         counts = engine.write_prompts(lambda: find_ref(checkpoint, trust_remote_code), settings, asked, out)
@@ -65,7 +83,10 @@ def eval_bbh(
         else:
             console.say(f"{sum(counts.values()):,} prompts in {out}")
         return
-    with console.Display() as display:
-        bench = make_bench(results, display, device, dtype, batch_size)
-        record = engine.eval_bbh(bench, find_ref(checkpoint, trust_remote_code), settings)
-    console.show_records([record], as_json, bench.store.written)
+    with join(find_device(device)) as processes, console.Display(silent=not processes.first) as display:
+        with processes.in_turn():
+            bench = make_bench(results, display, device, dtype, batch_size, processes=processes)
+            ref = find_ref(checkpoint, trust_remote_code)
+        record = engine.eval_bbh(bench, ref, settings)
+    if processes.first:
+        console.show_records([record], as_json, bench.store.written)

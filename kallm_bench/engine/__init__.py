@@ -7,6 +7,7 @@ from kallm_bench.engine.forecasts import CellForecast, foresee_suite
 from kallm_bench.engine.lessons import Lessons
 from kallm_bench.engine.questions import eval_bbh, write_prompts
 from kallm_bench.engine.report import Report, write_report
+from kallm_bench.engine.rereading import rescore
 from kallm_bench.engine.retrofitting import retrofit, revert
 from kallm_bench.engine.starting import START_VERSION
 from kallm_bench.engine.suites import Ran, plan_of, plan_of_kernels, run_suite
@@ -28,6 +29,7 @@ __all__ = [
     "plan_of_kernels",
     "profile",
     "profile_kernels",
+    "rescore",
     "retrofit",
     "revert",
     "run_cell",

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from transformers import PreTrainedConfig
 
-from kallm_bench.bbh.questions import load_questions
+from kallm_bench.bbh.evaluate import prepare
 from kallm_bench.engine.costs import profile
 from kallm_bench.engine.cutting import cut_model
 from kallm_bench.engine.data import data_of
 from kallm_bench.engine.lessons import Lessons
-from kallm_bench.engine.questions import answerable, eval_bbh
+from kallm_bench.engine.questions import eval_bbh
 from kallm_bench.engine.retrofitting import retrofit
 from kallm_bench.engine.training import train_model
 from kallm_bench.filing import Bench, ModelRef, find_ref, ref_after
@@ -150,12 +150,12 @@ def check_cell(cell: Cell) -> None:
         _check_lessons(cell, lessons, config, spec)
     if cell.profile.scope != "none" and "profile" in cell.stages:
         check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
-    tokenizer_fingerprint(load_tokenizer(ref.open()))
+    tokenizer = load_tokenizer(ref.open())
+    tokenizer_fingerprint(tokenizer)
     if "train" in cell.stages:
         data_of(cell.train)
     if "eval-bbh" in cell.stages:
-        answerable(cell.eval.protocol)
-        load_questions(cell.eval.source, cell.eval.tasks, cell.eval.limit, cell.eval.questions_seed)
+        prepare(cell.eval, tokenizer)
 
 
 def _check_lessons(cell: Cell, lessons: Lessons, config: PreTrainedConfig, spec: KANSpec | None) -> None:

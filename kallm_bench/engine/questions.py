@@ -2,76 +2,78 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from kallm_bench.bbh.evaluate import EvalSettings, ask, score, score_as_lm_eval
-from kallm_bench.bbh.prompts import build_prompts, fingerprint
-from kallm_bench.bbh.protocols import Protocol, find_protocol
-from kallm_bench.bbh.questions import QuestionSet, load_questions
+from kallm_bench.bbh.evaluate import EvalSettings, Exam, ask, figures, prepare
+from kallm_bench.bbh.samples import Unfinished
 from kallm_bench.engine.checkpoints import describe_checkpoint
-from kallm_bench.errors import BBHError
+from kallm_bench.errors import BBHError, KallmError
 from kallm_bench.files import write_file
 from kallm_bench.filing import Bench, ModelRef, Stage
 from kallm_bench.models import load_model, load_tokenizer
 from kallm_bench.records import RunRecord
 from kallm_bench.training import tokenizer_fingerprint
 
-
-def answerable(name: str) -> Protocol:
-    """The protocol of this name. BBHError for one whose questions cannot be asked yet, or that there is none of."""
-    protocol = find_protocol(name)
-    if protocol.compared:
-        raise BBHError(f"protocol '{name}' compares likelihoods, which is not here yet; take zeroshot")
-    return protocol
+AT_ONCE = {"cuda": 256}
+"""Replies at once where nobody says, by device; elsewhere 16."""
 
 
 def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
-    """Asks the model BIG-Bench Hard, or questions like it, and scores its answers."""
-    protocol = answerable(settings.protocol)
-    reading = protocol.find_reading(settings.reading)
-    questions = _questions(settings, protocol, reading)
-    max_new_tokens = settings.max_new_tokens or protocol.max_new_tokens
-    tokenizer = load_tokenizer(ref.open())
-    described = {
-        "protocol": protocol.name,
-        "tasks": list(questions.tasks),
-        "limit": settings.limit,
-        "max_new_tokens": max_new_tokens,
-        "questions": questions.fingerprint,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        **bench.place,
-    }
-    if protocol.group:
-        asked = build_prompts(questions, protocol, tokenizer, reading, max_new_tokens)
-        described |= {"reading": reading, "prompts": fingerprint(asked)}
-    stage = Stage(bench, "eval-bbh", described, ref)
-    with stage.claimed() as done:
-        if done:
-            return done
-        model, _ = load_model(ref.open(), bench.dtype, bench.device)
-        partial = bench.runs / "unfinished" / f"{stage.key}.jsonl"
-        size = bench.batch_size or (256 if bench.device.type == "cuda" else 16)
-        samples = ask(model, tokenizer, questions, protocol, max_new_tokens, partial, size, bench.watch, reading)
-        metrics = score(samples, questions, lambda question: protocol.guessable(question, reading))
-        if protocol.group:
-            metrics += score_as_lm_eval(samples, bool(protocol.compared))
-        about = {"source": questions.source, "fingerprint": questions.fingerprint}
-        record = stage.finish(metrics, data=about, model=model, samples=samples)
-        describe_checkpoint(bench, ref.open().folder, model, record)
-        partial.unlink(missing_ok=True)
-        return record
+    """Asks the model BIG-Bench Hard, or questions like it, and scores its answers.
+
+    Several processes take a part of the questions each, `bench.processes`: the first one files them, and all return its
+    record.
+    """
+    processes = bench.processes
+    with processes.in_turn():
+        tokenizer = load_tokenizer(ref.open())
+        exam = prepare(settings, tokenizer)
+    stage = stage_of(bench, ref, settings, exam, tokenizer)
+    if processes.tell(stage.key) != stage.key:
+        raise BBHError("the processes of this run were given different settings, models or questions")
+    with stage.claimed() if processes.first else nullcontext() as done:
+        if not processes.tell(done is not None):
+            done = _ask(bench, ref, stage, exam, tokenizer)
+        if processes.first:  # also where a run was killed between filing the samples and this
+            _unfinished(stage).remove()
+        told = processes.tell(done.to_json() if done else None)
+    return done or RunRecord.from_json(told)
 
 
-def _questions(settings: EvalSettings, protocol: Protocol, reading: str) -> QuestionSet:
-    """Those that are asked for and that the protocol can put; BBHError where none is left."""
-    found = load_questions(settings.source, settings.tasks, settings.limit, settings.questions_seed, protocol.tasks)
-    kept = tuple(question for question in found.questions if protocol.can_answer(question, reading))
-    if not kept:
-        raise BBHError(f"no question of {', '.join(found.tasks)} has a right answer among the choices compared")
-    return dataclasses.replace(found, questions=kept)
+def stage_of(bench: Bench, ref: ModelRef, settings: EvalSettings, exam: Exam, tokenizer: Any) -> Stage:
+    """The stage under whose key the record of these questions to this model is found."""
+    asked = {"limit": settings.limit, "questions_seed": settings.questions_seed}
+    described = exam.described() | asked | {"tokenizer": tokenizer_fingerprint(tokenizer)} | bench.place
+    return Stage(bench, "eval-bbh", described, ref)
+
+
+def _ask(bench: Bench, ref: ModelRef, stage: Stage, exam: Exam, tokenizer: Any) -> RunRecord | None:
+    """The record, on the first process."""
+    processes = bench.processes
+    model, _ = load_model(ref.open(), bench.dtype, bench.device)
+    unfinished = _unfinished(stage)
+    size = bench.batch_size or AT_ONCE.get(bench.device.type, 16)
+    try:
+        samples = ask(model, tokenizer, exam, unfinished, batch_size=size, processes=processes, watch=bench.watch)
+    except KallmError:
+        unfinished.remove(only_empty=True)
+        raise
+    if not processes.first:
+        return None
+    metrics = figures(samples, exam.questions, exam.protocol, exam.reading)
+    about = {"source": exam.questions.source, "fingerprint": exam.questions.fingerprint}
+    record = stage.finish(metrics, data=about, model=model, samples=samples)
+    describe_checkpoint(bench, ref.open().folder, model, record)
+    return record
+
+
+def _unfinished(stage: Stage) -> Unfinished:
+    return Unfinished(stage.bench.runs / "unfinished" / f"{stage.key}.jsonl")
 
 
 def write_prompts(
@@ -91,12 +93,10 @@ def write_prompts(
         BBHError: as eval_bbh.
     """
     lines, counts = [], {}
-    for protocol in map(find_protocol, protocols):
-        reading = protocol.find_reading(settings.reading)
-        questions = _questions(settings, protocol, reading)
-        tokenizer = load_tokenizer(ref().open()) if protocol.chat else None
-        prompts = build_prompts(questions, protocol, tokenizer, reading, settings.max_new_tokens)
-        lines += [json.dumps(prompt.to_json(protocol.name), ensure_ascii=False) + "\n" for prompt in prompts]
-        counts[protocol.name] = len(prompts)
+    for name in protocols:
+        asked = replace(settings, protocol=name)
+        exam = prepare(asked, load_tokenizer(ref().open()) if asked.asks_templates else None)
+        lines += [json.dumps(prompt.to_json(name), ensure_ascii=False) + "\n" for prompt in exam.prompts]
+        counts[name] = len(exam.prompts)
     write_file(out, "".join(lines).encode())
     return counts

@@ -30,6 +30,13 @@ METRICS: dict[str, MetricKind] = {
     ),
     "trained_tokens": MetricKind("tokens", "", "tokens seen in training, loss-bearing or not"),
     "accuracy": MetricKind("fraction", "higher", "right answers; without a task: the plain mean over tasks"),
+    "accuracy_low": MetricKind(
+        "fraction", "higher", "lower end of its 95 % interval: Bayesian bootstrap over questions"
+    ),
+    "accuracy_high": MetricKind("fraction", "higher", "upper end of the same"),
+    "target_loglikelihood": MetricKind(
+        "nats", "higher", "ln p of the right one of the choices compared, mean over questions; in all: over tasks"
+    ),
     "class_accuracy": MetricKind("fraction", "higher", "right classes of held-out texts; with a class: of its texts"),
     "class_loss": MetricKind("nats/text", "lower", "mean cross-entropy of the class of texts in the held-out rows"),
     "class_loss_before": MetricKind("nats/text", "lower", "the same before the first step"),
@@ -41,8 +48,9 @@ METRICS: dict[str, MetricKind] = {
     "question_accuracy_error": MetricKind("fraction", "lower", "its standard error, variance pooled within tasks"),
     "leaderboard_score": MetricKind("%", "higher", "each task from guessing, 0, to all right; their mean"),
     "invalid_rate": MetricKind("fraction", "lower", "replies in which no answer could be read"),
+    "cut_prompts": MetricKind("prompts", "lower", "prompts whose beginning did not fit into the model's context"),
     "forwarded_tokens": MetricKind(
-        "tokens", "lower", "tokens put through the model by an evaluation, padding included"
+        "tokens", "lower", "put through the model by an evaluation; what a task's prompts share counts once"
     ),
     "flops_per_token": MetricKind(
         "FLOP/token", "lower", "2 per weight of each matrix product, forward, no attention scores"

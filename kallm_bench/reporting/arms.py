@@ -13,12 +13,6 @@ from typing import Any
 
 from kallm_bench.records import RunRecord
 
-AT_CHANCE = "†"
-"""Marks an accuracy whose interval includes guessing."""
-
-BELOW_CHANCE = "‡"
-"""Marks an accuracy whose interval lies wholly below guessing."""
-
 
 @dataclass(frozen=True)
 class Arm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kallm_bench.records import Metric, RunRecord
+from kallm_bench.reporting.chance import AT_CHANCE, BELOW_CHANCE, judged
 
 SHOWN = {
     "retrofit": ("conversion_error",),
@@ -12,6 +13,8 @@ SHOWN = {
     "eval-bbh": ("accuracy", "guessing_accuracy"),
 }
 """The stages that a card tells of, and their figures."""
+
+WORDS = {"": "", AT_CHANCE: ", an interval that includes guessing", BELOW_CHANCE: ", below guessing"}
 
 
 def facts_of(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
@@ -25,7 +28,11 @@ def facts_of(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
         if record.data:
             facts.append((f"{record.stage}: data", record.data["source"]))
         for name in SHOWN[record.stage]:
-            facts += [(_named(record, metric), _shown(metric)) for metric in record.metrics if metric.name == name]
+            facts += [
+                (_named(record, metric), _shown(metric) + WORDS[judged(record, name)[1]])
+                for metric in record.metrics
+                if metric.name == name
+            ]
     return list(dict.fromkeys(facts))
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kallm_bench.records import RunRecord, kind_of
-from kallm_bench.reporting.arms import AT_CHANCE, BELOW_CHANCE, Arm
+from kallm_bench.reporting.arms import Arm
+from kallm_bench.reporting.chance import EXPLAINED
 from kallm_bench.reporting.controls import missing_controls
 from kallm_bench.reporting.table import Figure
 
@@ -22,10 +23,7 @@ def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], figures: Seq
     marks = {figure.mark for figure in figures}
     yield from _question_notes(arms)
     yield from _training_notes(arms)
-    if AT_CHANCE in marks:
-        yield f"{AT_CHANCE} The interval includes guessing: this score is no evidence of skill."
-    if BELOW_CHANCE in marks:
-        yield f"{BELOW_CHANCE} Below guessing, by more than chance: many replies hold no answer, or none asked for."
+    yield from (text for mark, text in EXPLAINED.items() if mark in marks)
     yield from _interval_notes(figures)
     yield from _seed_notes(arms)
     if missing := list(missing_controls(arms)):
@@ -52,8 +50,7 @@ def _question_notes(arms: Sequence[Arm]) -> Iterable[str]:
         n = next((metric.n for metric in record.metrics if metric.name == "accuracy"), 0)
         line = (
             f"Accuracy: {source}, {n:,} questions of {len(tasks)} tasks, protocol `{record.settings['protocol']}`, "
-            f"greedy, at most {record.settings['max_new_tokens']} new tokens; plain mean over tasks, 95 % bootstrap "
-            "interval over questions."
+            f"{_how(record)}; plain mean over tasks, 95 % bootstrap interval over questions."
         )
         if source == "procedural":
             line += " Procedural questions are generated in BIG-Bench Hard's format and are not BIG-Bench Hard."
@@ -62,6 +59,13 @@ def _question_notes(arms: Sequence[Arm]) -> Iterable[str]:
         if line not in told:
             told.add(line)
             yield line
+
+
+def _how(record: RunRecord) -> str:
+    reading = record.settings.get("reading", "chat")
+    read = "" if reading == "chat" else f", read as `{reading}` has it"
+    most = record.settings["max_new_tokens"]
+    return (f"greedy, at most {most} new tokens" if most else "the likeliest choice a character") + read
 
 
 def _training_notes(arms: Sequence[Arm]) -> Iterable[str]:

@@ -13,7 +13,8 @@ from kallm_bench.records import Metric, RunRecord
 from kallm_bench.records.comparison import holm
 from kallm_bench.records.statistics import mean_interval
 from kallm_bench.reporting.answers import AnswerBook
-from kallm_bench.reporting.arms import AT_CHANCE, BELOW_CHANCE, Arm, what_it_is
+from kallm_bench.reporting.arms import Arm, what_it_is
+from kallm_bench.reporting.chance import judged, mark_of
 from kallm_bench.reporting.table import Curve, Figure, Row, TaskScore
 
 STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -23,6 +24,7 @@ STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("train", "class_loss", "class loss"),
     ("train", "class_accuracy", "accuracy of classes"),
     ("eval-bbh", "accuracy", "accuracy"),
+    ("eval-bbh", "target_loglikelihood", "log-likelihood of the right answer"),
     ("profile", "prefill_tokens_per_second", "prefill tokens/s"),
     ("profile", "decode_tokens_per_second", "decode tokens/s"),
     ("train", "train_tokens_per_second", "train tokens/s"),
@@ -73,11 +75,13 @@ def figure_of(book: AnswerBook, records: Sequence[RunRecord], metric: str) -> Fi
         return None
     mean = statistics.fmean(values)
     if metric in ACCURACIES.values():
-        interval = book.interval(records)
-        return Figure(mean, interval, _mark(records, interval), "questions" if interval else "")
+        interval = (judged(records[0], metric)[0] if len(records) == 1 else None) or book.interval(records)
+        mark = mark_of(interval, records[0].value("guessing_accuracy"))
+        return Figure(mean, interval, mark, "questions" if interval else "")
     if interval := mean_interval(values):
-        # that of two seeds is wide, and none of these can be negative
-        return Figure(mean, (max(interval[0], 0.0), interval[1]), over="seeds")
+        if interval[0] < 0 <= min(values):
+            interval = (0.0, interval[1])  # of two seeds it is wide, and these cannot be negative
+        return Figure(mean, interval, over="seeds")
     if len(found[0].samples) > 2:
         return Figure(mean, (min(found[0].samples), max(found[0].samples)), over="samples")
     return Figure(mean)
@@ -87,13 +91,6 @@ def measured(record: RunRecord, metric: str) -> Metric | None:
     """A record's metric of that name, whatever follows its slash, if it has a value."""
     name = metric.partition("/")[0]
     return next((each for each in record.metrics if each.name == name and each.value is not None), None)
-
-
-def _mark(records: Sequence[RunRecord], interval: tuple[float, float] | None) -> str:
-    guessing = records[0].value("guessing_accuracy")
-    if interval is None or guessing is None or interval[0] > guessing:
-        return ""
-    return AT_CHANCE if guessing <= interval[1] else BELOW_CHANCE
 
 
 def _tasks(records: Sequence[RunRecord]) -> dict[str, TaskScore]:

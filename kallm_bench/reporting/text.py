@@ -37,6 +37,7 @@ def _spread(figure: Figure, form: Callable[[float], str]) -> str:
 
 _FORMS: dict[str, Callable[[float], str]] = {
     "fraction": lambda value: f"{100 * value:.1f} %",
+    "%": "{:.1f} %".format,
     "parameters": lambda value: f"{value / 1e6:.2f}M" if value else "0",
     "bytes": lambda value: f"{value / 2**30:.2f} GiB",
     "tokens": "{:,.0f}".format,

@@ -69,6 +69,15 @@ class Processes:
             dist.broadcast(text, 0, group=self.control)
         return json.loads(bytes(text.tolist()))
 
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, in their order, on the first one; empty on the others."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count if self.first else []
+        with heard():
+            dist.gather_object(value, found if self.first else None, 0, group=self.control)
+        return found
+
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """The first process runs the block before all others, which then find on the disk what it made."""
