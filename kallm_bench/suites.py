@@ -44,6 +44,7 @@ class Cell:
         spec: None for an arm with nothing replaced.
         match: the spec of the arm that `spec` shall have as many parameters as; None where it stands by itself.
         stages: which of STAGES are run.
+        evals: the ways that questions are asked, each once.
         after: the cell whose retrofitted and trained model this one starts from, if not from the suite's own.
         dtype: that it computes in, a key of DTYPES; "" for what the command says.
         cut: what is left of the model before anything else is done, if not all.
@@ -60,7 +61,7 @@ class Cell:
     train: TrainSettings
     curriculum: CurriculumSettings
     distillation: DistillationSettings
-    eval: EvalSettings
+    evals: tuple[EvalSettings, ...]
     profile: ProfileSettings
     after: Cell | None = None
     dtype: str = ""
@@ -231,15 +232,13 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path, lat
             match = _matched(arm, seed, suite, here)
     elif extra := spec_fields & set(arm):
         raise SuiteError(f"{here}: has {', '.join(sorted(extra))} but no basis, so nothing would be replaced")
-    settings = {
-        name: _settings(kind, {**suite.get(name, {}), **arm.get(name, {})}, f"{here}, [{name}]")
-        for name, kind in SECTIONS.items()
-    }
-    train, questions = settings["train"], settings["eval"]
+    given = {name: {**suite.get(name, {}), **arm.get(name, {})} for name in SECTIONS}
+    evals = _evals(given.pop("eval"), f"{here}, [eval]", path)
+    settings = {name: _settings(SECTIONS[name], values, f"{here}, [{name}]") for name, values in given.items()}
+    train = settings["train"]
     settings["train"] = dataclasses.replace(
         train, seed=seed, data=_beside(path, train.data), heldout=train.heldout and _beside(path, train.heldout)
     )
-    settings["eval"] = dataclasses.replace(questions, source=questions.source and _beside(path, questions.source))
     kept = settings["cut"]
     settings["cut"] = dataclasses.replace(kept, data=kept.data and _beside(path, kept.data))
     text = settings["calibration"]
@@ -254,10 +253,21 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path, lat
         spec,
         match,
         stages,
+        evals=evals,
         **settings,
         after=after,
         dtype=dtype,
     )
+
+
+def _evals(values: dict[str, Any], where: str, path: Path) -> tuple[EvalSettings, ...]:
+    """One for each protocol that is named."""
+    named = values.get("protocol", EvalSettings.protocol)
+    protocols = named if isinstance(named, list) else [named]
+    if not protocols or len({str(each) for each in protocols}) < len(protocols):
+        raise SuiteError(f"{where}: protocol should name one or several, each once, got {named}")
+    found = [_settings(EvalSettings, values | {"protocol": each}, where) for each in protocols]
+    return tuple(dataclasses.replace(each, source=each.source and _beside(path, each.source)) for each in found)
 
 
 def _spec(arm: dict[str, Any], seed: int, suite: dict[str, Any], here: str) -> KANSpec:

@@ -52,8 +52,19 @@ def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) 
     assert suite.cells[3].train.seed == 1
     train = suite.cells[3].train
     assert (train.schedule, train.betas, train.new_learning_rate) == ("wsd", (0.9, 0.95), 1e-3)
-    assert suite.cells[0].eval.tasks == ("snarks",)
+    assert [each.tasks for each in suite.cells[0].evals] == [("snarks",)]
     assert [cell.seed for cell in read_suite(path, only=["kan"], seeds=[7]).cells] == [7]
+
+
+def test_questions_can_be_asked_by_several_protocols(tmp_path: Path) -> None:
+    path = tmp_path / "try.toml"
+    path.write_text(
+        '[eval]\nprotocol = ["chat", "leaderboard"]\nlimit = 3\n[[arm]]\nname = "a"\n'
+        '[[arm]]\nname = "b"\neval.protocol = "zeroshot"\n'
+    )
+    first, second = read_suite(path).cells
+    assert [(each.protocol, each.limit) for each in first.evals] == [("chat", 3), ("leaderboard", 3)]
+    assert [(each.protocol, each.limit) for each in second.evals] == [("zeroshot", 3)]
 
 
 def test_model_and_data_are_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +130,9 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('seeds = []\n[[arm]]\nname = "a"\n', "at least one"),
         ('seeds = [1, 1]\n[[arm]]\nname = "a"\n', "stands twice"),
         ('[[arm]]\nname = "a"\nblocks = "1"\n', "has blocks but no basis"),
+        ('eval.protocol = []\n[[arm]]\nname = "a"\n', "one or several, each once"),
+        ('eval.protocol = ["chat", "chat"]\n[[arm]]\nname = "a"\n', "one or several, each once"),
+        ('eval.protocol = ["chat", 3]\n[[arm]]\nname = "a"\n', "protocol should be of type str"),
         ('dtype = "fp16"\n[[arm]]\nname = "a"\n', "no dtype 'fp16'"),
         ('dtype = 16\n[[arm]]\nname = "a"\n', "dtype should be like"),
         ('[[arm]]\nname = "one"\n[[arm]]\nname = "b"\nafter = "ones"\n', "Did you mean 'one'"),

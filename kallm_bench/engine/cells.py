@@ -45,7 +45,7 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     records, ref, _ = _learned(bench, cell, begin)
     if "eval-bbh" in cell.stages:
         begin(part_of(cell, "eval-bbh"))
-        records.append(eval_bbh(bench, ref, cell.eval))
+        records += [eval_bbh(bench, ref, each) for each in cell.evals]
     if "profile" in cell.stages:
         begin(part_of(cell, "profile"))
         records.append(profile(bench, ref, cell.profile))
@@ -155,7 +155,8 @@ def check_cell(cell: Cell) -> None:
     if "train" in cell.stages:
         data_of(cell.train)
     if "eval-bbh" in cell.stages:
-        prepare(cell.eval, tokenizer)
+        for each in cell.evals:
+            prepare(each, tokenizer)
 
 
 def _check_lessons(cell: Cell, lessons: Lessons, config: PreTrainedConfig, spec: KANSpec | None) -> None:

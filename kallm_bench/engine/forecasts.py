@@ -37,7 +37,7 @@ def foresee_suite(bench: Bench, suite: Suite) -> list[CellForecast]:
     cells = []
     for cell in suite.cells:
         what = f"{cell.spec.basis}, {cell.spec.start}, blocks {cell.spec.blocks}" if cell.spec else "nothing replaced"
-        asked = (cell.eval.source or "BIG-Bench Hard") if "eval-bbh" in cell.stages else ""
+        asked = (cell.evals[0].source or "BIG-Bench Hard") if "eval-bbh" in cell.stages else ""
         here = CellForecast(cell.arm, str(cell.seed), what, asked)
         if "train" in cell.stages:
             try:

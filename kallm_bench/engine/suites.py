@@ -82,7 +82,7 @@ def plan_of(suite: Suite) -> dict[str, float]:
     plan = {}
     for cell in suite.cells:
         heldout = cell.train.heldout_rows * cell.train.row_length * (2 if cell.train.steps else 1)
-        questions = (cell.eval.limit or 250) * len(cell.eval.tasks or TASKS)
+        questions = sum((each.limit or 250) * len(each.tasks or TASKS) for each in cell.evals)
         shape = cell.profile.batch * cell.profile.length * (cell.profile.repeats + 1)
         work = {"retrofit": 1000, "train": 3 * cell.train.tokens + heldout, "eval-bbh": 600 * questions}
         work["profile"] = 10 * shape
