@@ -9,14 +9,15 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from test_reporting import Bench
+from test_reporting import ASKED, Bench
 
+from kallm_bench.records import Metric
 from kallm_bench.reporting import Memory, Table, build_tables, to_json
 from kallm_bench.reporting.answers import AnswerBook
 from kallm_bench.reporting.html import to_html
 from kallm_bench.reporting.json_text import SCHEMA_FILE
 from kallm_bench.reporting.plots import PICTURES, Drawing, drawings_of, rendered
-from kallm_bench.reporting.tradeoffs import Point, pareto_front, points_of
+from kallm_bench.reporting.tradeoffs import Panel, Point, panels_of, pareto_front, points_of
 
 SCHEMA = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
 
@@ -60,12 +61,33 @@ def test_twins_stand_on_the_front_together() -> None:
 
 
 def test_points_are_in_the_units_of_their_axes(arms: Table) -> None:
-    points = {point.arm: point for point in points_of(arms, "parameters", "accuracy")}
+    points = {point.arm: point for point in points_of(arms, Panel("parameters", "accuracy"))}
     assert set(points) == {"untouched", "linear", "kan"}  # and no guessing
     assert points["kan"].x == pytest.approx(134.515008)
     assert points["kan"].y == pytest.approx(87.5)
     assert points["kan"].y_ends is not None
     assert points["kan"].y_ends[0] < 87.5 < points["kan"].y_ends[1]
+
+
+def test_two_ways_of_asking_share_no_axis(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    for name, spec in (("linear", {"basis": "linear"}), ("kan", {"basis": "cheby2", "degree": 2})):
+        bench.arm(name, 0, spec, 2.0, right=4)
+        other = ASKED | {"protocol": "leaderboard", "weights": bench.trained}
+        scores = [Metric("accuracy", 0.9, n=8), Metric("guessing_accuracy", 0.3, n=8)]
+        bench.record("eval-bbh", name, 0, other, scores, data={"source": "BIG-Bench Hard", "fingerprint": "q"})
+    table = build_tables(bench.store)[0]
+    by_way = {panel.asked: points_of(table, panel) for row in panels_of(table) for panel in row}
+    assert {asked: [point.arm for point in points] for asked, points in by_way.items()} == {
+        "chat, procedural": ["linear (1)", "kan (1)"],
+        "leaderboard": ["linear (2)", "kan (2)"],
+        "": ["linear (1)", "kan (1)"],  # of the loss, which is the same in both rows
+    }
+    guessing = [row.name for row in table.rows if row.name.startswith("guessing")]
+    assert guessing == ["guessing (chat, procedural)", "guessing (leaderboard)"]
+    losses = next(each for each in drawings_of(table) if each.name.endswith("losses"))
+    assert [arm for arm, _, _ in losses.data] == ["linear (1)", "kan (1)"]
+    assert rendered(drawings_of(table)[0], "svg")
 
 
 @pytest.mark.parametrize("kind", PICTURES)

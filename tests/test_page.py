@@ -56,11 +56,11 @@ addEventListener("load", () => {
 def page(tmp_path: Path) -> str:
     """A report with all drawings, an arm with a nasty name, and a missing value."""
     bench = Bench(tmp_path / "results")
+    bench.record("profile", "bare", 0, {"batch": 4, "device": "cpu", "dtype": "float32"}, [Metric("parameters", 5.0)])
     bench.arm("untouched", 0, None, 2.274, right=8)
     bench.arm("linear", 0, {"basis": "linear"}, 2.5, right=5, replaced=1000)
     for seed in range(2):
         bench.arm("<b>kan & co", seed, {"basis": "cheby2", "degree": 2}, 2.391 + seed / 100, right=4, replaced=1000)
-    bench.record("profile", "bare", 0, {"batch": 4, "device": "cpu", "dtype": "float32"}, [Metric("parameters", 5.0)])
     return to_html(build_tables(bench.store), [(Path("x<y.json"), "not a record")])
 
 
@@ -140,7 +140,7 @@ def test_in_a_browser(page: str, tmp_path: Path, scheme: str) -> None:
     assert told["fetched"] == 0
     assert told["doubled"] == 0
     kan, chance = "<b>kan & co", ["guessing", "majority answer"]
-    assert told["before"] == ["untouched", "linear", kan, "bare", *chance]
+    assert told["before"] == ["bare", "untouched", "linear", kan, *chance]
     assert told["descending"] == ["linear", kan, "untouched", "bare", *chance]  # what has no loss stays below
     assert told["ascending"] == ["untouched", kan, "linear", "bare", *chance]
     assert told["sort"] == "descending"

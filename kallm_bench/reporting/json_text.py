@@ -52,6 +52,7 @@ def _row(row: Row) -> dict[str, Any]:
     return {
         "arm": row.name,
         "number": row.number,
+        "asked": row.asked,
         "what": row.what,
         "seeds": row.seeds,
         "figures": {metric: _figure(metric, figure) for metric, figure in row.figures.items()},

@@ -57,15 +57,25 @@ def drawings_of(table: Table) -> list[Drawing]:
         found.append(
             Drawing(f"{name}-costs", title, tradeoff_data(table), lambda canvas: draw_tradeoffs(table, canvas, INK))
         )
-    if curves := [(row.label, curve.metric, list(curve.points)) for row in table.rows for curve in row.curves]:
+    if curves := _curves(table):
         title = "Loss during training. Lines: on the batches trained on; dots: on held-out rows"
-        arms = [row.label for row in table.rows if row.seeds]
+        arms = list(dict.fromkeys(row.label for row in table.rows if row.seeds))
         found.append(Drawing(f"{name}-losses", title, curves, lambda canvas: _draw_losses(arms, curves, canvas)))
     tasks = {row.label: {task: vars(score) for task, score in row.tasks.items()} for row in table.rows if row.tasks}
     if tasks:
         title = "Accuracy by task, in points above or below guessing. *: above guessing, after Holm's correction"
         found.append(Drawing(f"{name}-tasks", title, tasks, lambda canvas: _draw_tasks(tasks, canvas)))
     return found
+
+
+def _curves(table: Table) -> list[tuple[str, str, list[tuple[float, float]]]]:
+    """(arm, metric, points); once for an arm whose rows differ in how they were asked alone."""
+    found = {
+        (row.name, curve.metric, tuple(curve.points)): (row.label, curve.metric, list(curve.points))
+        for row in reversed(table.rows)
+        for curve in row.curves
+    }
+    return list(reversed(found.values()))
 
 
 def rendered(drawing: Drawing, kind: str, ground: str = "white") -> bytes:

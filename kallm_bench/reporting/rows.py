@@ -62,6 +62,7 @@ def arm_row(book: AnswerBook, arm: Arm) -> Row:
         arm.seeds,
         figures,
         number=arm.number,
+        asked=asked_how(arm.stages.get("eval-bbh", [])),
         tasks=_tasks(arm.stages.get("eval-bbh", [])),
         curves=tuple(_curves(arm.stages.get("train", []))),
     )
@@ -153,19 +154,28 @@ def _thinned(tokens: list[float], losses: np.ndarray) -> list[tuple[float, float
     return [(tokens[end - 1], float(mean)) for end, mean in zip(ends, means, strict=True)]
 
 
+def asked_how(records: Sequence[RunRecord]) -> str:
+    """Protocol, reading where it is none of its own, and questions where they are not BIG-Bench Hard's."""
+    if not records:
+        return ""
+    settings, source = records[0].settings, records[0].data.get("source")
+    parts = [settings.get("protocol"), settings.get("reading"), source if source != "BIG-Bench Hard" else None]
+    return ", ".join(dict.fromkeys(str(part) for part in parts if part))
+
+
 def chance_rows(arms: Sequence[Arm]) -> list[Row]:
     """What answering without reading gets, for each set of questions asked."""
     rows = []
     asked = {
-        (stage, record.data.get("fingerprint")): record
+        (stage, record.data.get("fingerprint"), asked_how([record]) if stage == "eval-bbh" else ""): record
         for arm in arms
         for stage in ACCURACIES
         for record in arm.stages.get(stage, [])
         if record.value("guessing_accuracy") is not None
     }
-    for (stage, _), record in asked.items():
-        source = f" ({record.data.get('source')})" if len(asked) > 1 else ""
+    for (stage, _, how), record in asked.items():
+        among = f" ({how or record.data.get('source')})" if len(asked) > 1 else ""
         for name, metric in (("guessing", "guessing_accuracy"), ("majority answer", "majority_accuracy")):
             if (value := record.value(metric)) is not None:
-                rows.append(Row(f"{name}{source}", "no model", 0, {ACCURACIES[stage]: Figure(value)}))
+                rows.append(Row(f"{name}{among}", "no model", 0, {ACCURACIES[stage]: Figure(value)}, asked=how))
     return rows

@@ -63,6 +63,7 @@ class Row:
         figures: by metric.
         words: what is no number, by heading.
         number: 1, 2, … where several rows go by this name, else 0; a note says how they differ.
+        asked: how its questions were asked, in a word or two; rows that differ in it share no axis of accuracy.
         comparison: with another row, on the questions that both were asked.
         tasks, curves: of the row's figures, for those who look closer.
     """
@@ -73,6 +74,7 @@ class Row:
     figures: dict[str, Figure] = field(default_factory=dict)
     words: dict[str, str] = field(default_factory=dict)
     number: int = 0
+    asked: str = ""
     comparison: Comparison | None = None
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     curves: tuple[Curve, ...] = ()

@@ -44,14 +44,25 @@ class Point:
     y_ends: tuple[float, float] | None
 
 
-def points_of(table: Table, cost: str, skill: str) -> list[Point]:
-    """The arms that have both figures."""
-    x_scale, y_scale = _scale(cost)[0], _scale(skill)[0]
-    return [
-        Point(row.label, x.value * x_scale, y.value * y_scale, _ends(x, x_scale), _ends(y, y_scale))
-        for row in table.rows
-        if row.seeds and (x := row.figures.get(cost)) and (y := row.figures.get(skill))
-    ]
+@dataclass(frozen=True)
+class Panel:
+    """What is set against what; `asked` is how, where it is an accuracy on questions."""
+
+    cost: str
+    skill: str
+    asked: str = ""
+
+
+def points_of(table: Table, panel: Panel) -> list[Point]:
+    """The arms that have both figures; of an arm's rows that differ in other things alone, one."""
+    x_scale, y_scale = _scale(panel.cost)[0], _scale(panel.skill)[0]
+    found: dict[tuple[str, float, float], Point] = {}
+    for row in _having(table, panel.skill, panel.asked):
+        if x := row.figures.get(panel.cost):
+            y = row.figures[panel.skill]
+            point = Point(row.label, x.value * x_scale, y.value * y_scale, _ends(x, x_scale), _ends(y, y_scale))
+            found.setdefault((row.name, point.x, point.y), point)
+    return list(found.values())
 
 
 def pareto_front(points: Sequence[Point], cost: str, skill: str) -> list[Point]:
@@ -66,20 +77,23 @@ def pareto_front(points: Sequence[Point], cost: str, skill: str) -> list[Point]:
     return sorted((point for point in points if not beaten(point)), key=lambda point: (point.x, point.y))
 
 
-def panels_of(table: Table) -> list[list[tuple[str, str]]]:
-    """(cost, skill) of each panel, row by row; empty where there is nothing to set against anything."""
+def panels_of(table: Table) -> list[list[Panel]]:
+    """The panels, row by row; empty where there is nothing to set against anything."""
     costs = [next((metric for metric in names if len(_having(table, metric)) > 1), None) for names in COSTS]
-    skills = [metric for metric in SKILLS if len(_having(table, metric)) > 1]
-    return [[(cost, skill) for cost in costs if cost] for skill in skills if any(costs)]
+    skills = [(metric, asked) for metric in SKILLS for asked in _ways(table, metric)]
+    skills = [(metric, asked) for metric, asked in skills if len(_having(table, metric, asked)) > 1]
+    return [[Panel(cost, skill, asked) for cost in costs if cost] for skill, asked in skills if any(costs)]
+
+
+def _ways(table: Table, metric: str) -> list[str]:
+    """The ways of asking that accuracies are told apart by; of other skills there is one."""
+    return list(dict.fromkeys(row.asked for row in _having(table, metric))) if metric == "accuracy" else [""]
 
 
 def tradeoff_data(table: Table) -> Any:
     """All that is drawn, as JSON could hold it."""
-    return [
-        [cost, skill, [vars(point) for point in points_of(table, cost, skill)]]
-        for row in panels_of(table)
-        for cost, skill in row
-    ]
+    panels = [panel for row in panels_of(table) for panel in row]
+    return [[vars(panel), [vars(point) for point in points_of(table, panel)]] for panel in panels]
 
 
 def draw_tradeoffs(table: Table, canvas: Canvas, ink: str) -> None:
@@ -92,24 +106,24 @@ def draw_tradeoffs(table: Table, canvas: Canvas, ink: str) -> None:
     canvas.set_size_inches(2.9 * across, 2.5 * len(rows) + 0.3 + 0.22 * lines)
     handles: dict[str, Any] = {}
     for down, row in enumerate(rows):
-        for right, (cost, skill) in enumerate(row):
+        for right, panel in enumerate(row):
             axes = canvas.add_subplot(len(rows), across, down * across + right + 1)
-            _draw_panel(axes, points_of(table, cost, skill), cost, skill, looks.__getitem__, ink, handles)
-            if guessing := next((each for each in table.rows if each.name.startswith("guessing")), None):
-                _draw_guessing(axes, guessing, skill, handles)
+            _draw_panel(axes, points_of(table, panel), panel, looks.__getitem__, ink, handles)
+            for guessing in table.rows:
+                if guessing.name.startswith("guessing") and guessing.asked == panel.asked:
+                    _draw_guessing(axes, guessing, panel.skill, handles)
     canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
 
 
 def _draw_panel(
     axes: Axes,
     points: Sequence[Point],
-    cost: str,
-    skill: str,
+    panel: Panel,
     look: Callable[[str], tuple[str, str]],
     ink: str,
     handles: dict[str, Any],
 ) -> None:
-    front = pareto_front(points, cost, skill)
+    front = pareto_front(points, panel.cost, panel.skill)
     (line,) = axes.plot([p.x for p in front], [p.y for p in front], "--", color=ink, linewidth=0.8, zorder=1)
     handles.setdefault("Pareto front", line)
     axes.plot([p.x for p in front], [p.y for p in front], "o", mfc="none", mec=ink, mew=0.8, markersize=10, zorder=1)
@@ -126,8 +140,8 @@ def _draw_panel(
             linewidth=0.8,
             capsize=2,
         )
-    axes.set_xlabel(_label(cost), fontsize=7)
-    axes.set_ylabel(_label(skill), fontsize=7)
+    axes.set_xlabel(_label(panel.cost), fontsize=7)
+    axes.set_ylabel(_label(panel.skill, panel.asked), fontsize=7)
     axes.tick_params(labelsize=6.5)
     axes.margins(0.15)
     axes.grid(linewidth=0.4)
@@ -138,13 +152,14 @@ def _draw_guessing(axes: Axes, guessing: Row, skill: str, handles: dict[str, Any
         handles["guessing"] = axes.axhline(figure.value * _scale(skill)[0], linestyle=":", color="#D55E00", linewidth=1)
 
 
-def _label(metric: str) -> str:
-    """ "decode tokens per second, thousand/s, better →" """
+def _label(metric: str, asked: str = "") -> str:
+    """ "decode tokens per second, thousand/s", and below it "more is better" """
     name = (
         metric.replace("_bytes", "").replace("_", " ").replace("/profile", "").replace("vram allocated", "GPU memory")
     )
-    better = {"higher": ", more is better", "lower": ", less is better", "": ""}[kind_of(metric).better]
-    return f"{name.replace('heldout', 'held-out')}, {_scale(metric)[1]}\n{better.removeprefix(', ')}"
+    better = {"higher": "more is better", "lower": "less is better", "": ""}[kind_of(metric).better]
+    how = f" ({asked})" if asked else ""
+    return f"{name.replace('heldout', 'held-out')}{how}, {_scale(metric)[1]}\n{better}"
 
 
 def _scale(metric: str) -> tuple[float, str]:
@@ -152,8 +167,9 @@ def _scale(metric: str) -> tuple[float, str]:
     return SCALES.get(unit, (1.0, unit))
 
 
-def _having(table: Table, metric: str) -> list[Row]:
-    return [row for row in table.rows if row.seeds and metric in row.figures]
+def _having(table: Table, metric: str, asked: str = "") -> list[Row]:
+    """The arms that have a figure, of those that were asked so."""
+    return [row for row in table.rows if row.seeds and metric in row.figures and asked in ("", row.asked)]
 
 
 def _ends(figure: Figure, scale: float) -> tuple[float, float] | None:
