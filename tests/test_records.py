@@ -134,6 +134,15 @@ def test_a_testbed_is_known_again_and_keeps_its_records_when_named(tmp_path: Pat
         store.name_testbed(MACHINE | {"cores": 4}, "desk")
 
 
+def test_what_changes_is_told_of_a_testbed_and_makes_no_other_one(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    name = store.testbed(MACHINE, {"driver": "580.1"})
+    assert store.describe(name)["driver"] == "580.1"
+    assert store.testbed(MACHINE, {"driver": "590.0"}) == store.testbed(MACHINE) == name
+    assert store.name_testbed(MACHINE, "desk", {"driver": "590.0"}) == "desk"
+    assert store.describe("desk")["driver"] == "580.1"  # as it was when the machine was first met
+
+
 def test_a_store_that_cannot_be_written_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="part of the path is a file"):
