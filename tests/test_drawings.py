@@ -107,6 +107,11 @@ def test_a_picture_says_of_what_it_is(arms: Table) -> None:
     assert len({costs.fingerprint, losses.fingerprint, tasks.fingerprint}) == 3
     other: Drawing = dataclasses.replace(losses, data=[*losses.data, 1])
     assert other.fingerprint != losses.fingerprint
+    nearly = dataclasses.replace(
+        costs, data=[[panel, [p | {"y": p["y"] * (1 + 1e-14)} for p in points]] for panel, points in costs.data]
+    )
+    assert nearly.data != costs.data
+    assert nearly.fingerprint == costs.fingerprint  # as another processor might have it
 
 
 def test_the_page_is_the_same_for_the_same_records(bench: Bench) -> None:

@@ -43,7 +43,16 @@ class Drawing:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps([self.title, self.data], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.title, _rounded(self.data)], sort_keys=True).encode()).hexdigest()
+
+
+def _rounded(data: Any) -> Any:
+    """All numbers with six digits: the last of a float's sixteen are another processor's choice."""
+    if isinstance(data, float):
+        return float(f"{data:.6g}")
+    if isinstance(data, dict):
+        return {key: _rounded(value) for key, value in data.items()}
+    return [_rounded(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def drawings_of(table: Table) -> list[Drawing]:

@@ -121,18 +121,24 @@ def to_csv(tables: Sequence[Table]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     headings = [f"{metric} ({kind_of(metric).unit})" for metric in metrics]
-    ends = [(heading, f"{heading} low", f"{heading} high") for heading in headings]
+    columns = [(heading, f"{heading} low", f"{heading} high") for heading in headings]
     first = ["suite", "testbed", "table", "arm", "what", "seeds", *words]
-    writer.writerow([*first, *itertools.chain.from_iterable(ends)])
+    writer.writerow([*first, *itertools.chain.from_iterable(columns)])
     for table in tables:
         for row in table.rows:
-            cells: list[float | str] = []
+            cells: list[str] = []
             for metric in metrics:
                 figure = row.figures.get(metric)
-                cells += [figure.value, *(figure.interval or ("", ""))] if figure else ["", "", ""]
+                ends = figure.interval or () if figure else ()
+                cells += [_plain(figure.value), *map(_plain, ends), *[""] * (2 - len(ends))] if figure else [""] * 3
             told = [table.suite, table.testbed, table.kind, row.label, row.what, row.seeds or ""]
             writer.writerow([*told, *(row.words.get(name, "") for name in words), *cells])
     return buffer.getvalue()
+
+
+def _plain(value: float) -> str:
+    """Ten digits: the last of a float's sixteen are another processor's choice."""
+    return f"{value:.10g}"
 
 
 def _text(row: Row, metric: str) -> str:
