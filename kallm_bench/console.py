@@ -320,8 +320,7 @@ def _beside(record: RunRecord, metric: Metric) -> str:
 
 def _written(record: RunRecord, metric: Metric) -> str:
     from kallm_bench.records import kind_of
-    from kallm_bench.reporting import judged, written
-    from kallm_bench.reporting.tables import Figure
+    from kallm_bench.reporting import Figure, judged, written
 
     if metric.value is None:
         return "not measured"
@@ -346,11 +345,19 @@ def show_tables(tables: Sequence[Table]) -> None:
 
 
 def _show_grid(title: str, cells: Sequence[Sequence[str]]) -> None:
+    """A table where it fits; else without what its arms are, which then stands above it, or turned, or in parts."""
     if _fits(shown := _grid(title, cells)):
         out.print(shown)
         return
+    if "what" in cells[0]:
+        place = cells[0].index("what")
+        out.print(Text(title, style="bold"))
+        for row in cells[1:]:
+            out.print(Text(f"{row[0]}: {row[place]}"), soft_wrap=True)
+        title, cells = "", [[*row[:place], *row[place + 1 :]] for row in cells]
     turned = [list(column) for column in zip(*cells, strict=True)]
-    for part in _parts(turned):
+    whole = next((each for each in (cells, turned) if _fits(_grid(title, each))), None)
+    for part in [whole] if whole else _parts(cells):
         out.print(_grid(title, part))
         title = ""
 

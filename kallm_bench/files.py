@@ -41,6 +41,10 @@ REFUSED = FULL | {
 """What the system may answer to a write, in words. Any other answer is unexpected and keeps its traceback."""
 
 
+PARTIAL, OLD = ".partial", ".old"
+"""Endings of what is being written, and of what is being replaced."""
+
+
 class DiskError(KallmError):
     """The disk would not take a file; what stood there before is unharmed."""
 
@@ -91,13 +95,17 @@ def check_room(path: Path, needed_bytes: int) -> None:
         )
 
 
-def write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes, new: bool = False) -> None:
     """Writes a file whole or not at all: beside its place, synced, renamed. An older file of that name is replaced.
 
     What is no regular file, such as /dev/stdout, is written to as it is.
 
+    Args:
+        new: refuse where a file of that name stands, be it since a moment ago.
+
     Raises:
         DiskError: the disk is full, the folder cannot be written, ...
+        FileExistsError: `new`, and it is not.
     """
     with explained(path):
         if path.exists() and not path.is_file():
@@ -105,17 +113,52 @@ def write_file(path: Path, content: bytes) -> None:
                 stream.write(content)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        temporary = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
+            temporary.chmod(0o644)
+            taken = new and not _given_name(temporary, path)
+            if not new:
+                temporary.replace(path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
+        with _opened(path.parent, os.O_RDONLY) as folder:
+            os.fsync(folder)  # the name, too, is on the disk
+    if taken:
+        raise FileExistsError(path)
+
+
+def _given_name(temporary: Path, path: Path) -> bool:
+    """Gives a finished file its name; False, and it is removed, where another has that name."""
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        return False
+    except OSError:  # a disk without hard links
+        if path.exists():
+            return False
+        temporary.replace(path)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+LEFT_SECONDS = 3600
+"""Nobody writes one file for so long: what is older was left by a process that was killed."""
+
+
+def sweep_partial(folder: Path) -> None:
+    """Removes beginnings of files that killed processes left in `folder`."""
+    for left in folder.glob(f".*{PARTIAL}"):
+        with contextlib.suppress(OSError):  # another process sweeps too
+            if left.is_file() and time.time() - left.stat().st_mtime > LEFT_SECONDS:
+                left.unlink()
 
 
 @contextmanager
@@ -148,9 +191,6 @@ def new_folder(path: Path, *, replace: bool = False, needed_bytes: int = 0) -> I
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-PARTIAL, OLD = ".partial", ".old"
 
 
 def _sweep(path: Path) -> None:

@@ -140,7 +140,7 @@ def test_kernels_by_hand(home: Path, kallm: Run, monkeypatch: pytest.MonkeyPatch
     assert (code, "On a CPU" in err) == (0, False)
     rows = list(csv.DictReader(kallm("report", "--format", "csv")[1].splitlines()))
     assert {row["what"] for row in rows} == {*contenders.LAYERS, *contenders.ACTIVATIONS}
-    assert json.loads(kallm("report", "--format", "json")[1])[0]["table"] == "kernels"
+    assert json.loads(kallm("report", "--format", "json")[1])["tables"][0]["table"] == "kernels"
 
 
 @pytest.mark.parametrize(
@@ -474,9 +474,10 @@ def test_ratios_are_to_the_limit_of_the_same_record(tmp_path: Path) -> None:
     kallm = next(row for row in csv.DictReader(io.StringIO(to_csv([table]))) if row["what"] == "kallm")
     assert float(kallm["forward_seconds (s)"]) == pytest.approx(60e-6)
     assert float(kallm["forward_to_limit (times)"]) == pytest.approx(2.0)
-    (data,) = json.loads(to_json([table]))
+    (data,) = json.loads(to_json([table]))["tables"]
     assert [row["what"] for row in data["rows"]] == ["kallm", "linear", "limit", "inkan"]
-    assert data["rows"][0]["figures"]["peak_bytes"] == {"value": 31.5 * 2**20, "unit": "bytes", "interval": None}
+    peak = data["rows"][0]["figures"]["peak_bytes"]
+    assert (peak["value"], peak["unit"], peak["interval"]) == (31.5 * 2**20, "bytes", None)
 
 
 def test_the_newest_counts_and_another_dtype_stands_apart(tmp_path: Path) -> None:

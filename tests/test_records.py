@@ -6,10 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +134,15 @@ def test_a_testbed_is_known_again_and_keeps_its_records_when_named(tmp_path: Pat
         store.name_testbed(MACHINE | {"cores": 4}, "desk")
 
 
+def test_what_changes_is_told_of_a_testbed_and_makes_no_other_one(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    name = store.testbed(MACHINE, {"driver": "580.1"})
+    assert store.describe(name)["driver"] == "580.1"
+    assert store.testbed(MACHINE, {"driver": "590.0"}) == store.testbed(MACHINE) == name
+    assert store.name_testbed(MACHINE, "desk", {"driver": "590.0"}) == "desk"
+    assert store.describe("desk")["driver"] == "580.1"  # as it was when the machine was first met
+
+
 def test_a_store_that_cannot_be_written_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match="part of the path is a file"):
@@ -161,41 +168,6 @@ assert path.read_bytes() == b"old"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "cannot write" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
-
-
-def test_killed_while_writing_it_leaves_whole_records_only(tmp_path: Path) -> None:
-    """Twenty kills at random moments of a process that writes without pause."""
-    program = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_records import a_record
-from kallm_bench.records import ResultsStore
-store = ResultsStore({str(tmp_path)!r})
-start = int(sys.argv[1])
-print("ready", flush=True)
-for number in range(start, start + 10_000):
-    store.write(a_record(id=f"r{{number:08d}}", key=str(number)), samples=[{{"n": number}}] * 50)
-    print(number, flush=True)
-"""
-    generator = np.random.default_rng(0)
-    finished: list[int] = []
-    for kill in range(20):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(kill * 10_000)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(float(generator.uniform(0.0, 0.05)))
-        process.send_signal(signal.SIGKILL)
-        finished += [int(line) for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
-        process.wait()
-        process.stdout.close()
-    store = ResultsStore(tmp_path)
-    written = {int(record.key): record for record in store.records()}
-    assert store.damaged == []
-    assert set(finished) <= set(written)
-    assert len(finished) > 20
-    assert all(len(store.samples(record)) == 50 for record in written.values())
 
 
 def test_an_interrupted_write_removes_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,10 +21,16 @@ ASKED = {"protocol": "chat", "tasks": ["navigate", "snarks"], "max_new_tokens": 
 class Bench:
     """Writes records as stages would, with the figures a test asks for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix: str = "r") -> None:
+        self.prefix = prefix
         self.store = ResultsStore(folder)
         self.testbed = self.store.testbed(MACHINE)
         self.count = 0
+        self.base = "base"
+
+    def _id(self) -> str:
+        """Of the newest record."""
+        return f"{self.prefix}{self.count:04d}"
 
     def record(
         self, stage: str, arm: str, seed: int, settings: dict[str, Any], metrics: list[Metric], **rest: Any
@@ -33,7 +39,7 @@ class Bench:
         samples = rest.pop("samples", None)
         self.store.write(
             RunRecord(
-                id=f"r{self.count:04d}",
+                id=self._id(),
                 stage=stage,
                 suite="try",
                 arm=arm,
@@ -57,17 +63,18 @@ class Bench:
         self, name: str, seed: int, spec: dict[str, Any] | None, loss: float, right: int, replaced: int = 0
     ) -> None:
         """All four stages; `right` of eight questions are answered right."""
-        base, made, trained = f"base{self.count}", f"made{self.count}", f"trained{self.count}"
+        base, made, trained = self.base, f"made{self.count}", f"trained{self.count}"
         if spec:
             spec = {"hidden": None, "degree": None, "form": "stack", "constant": "bias", "blocks": [25, 26, 29]} | spec
             metrics = [Metric("replaced_parameters", replaced)]
             settings = {"spec": spec | {"seed": seed}, "weights": base}
             self.record("retrofit", name, seed, settings, metrics, model={"fingerprint": made})
-        parents = (f"r{self.count:04d}",) if spec else ()
+        parents = (self._id(),) if spec else ()
         losses = [
             Metric("heldout_loss", loss, n=500),
             Metric("trained_tokens", 8192 if spec else 0),
             Metric("trainable_parameters", 100),
+            *([Metric("train_loss", loss, n=2, samples=tuple(loss + 2 / n for n in range(1, 17)))] if spec else []),
         ]
         about: dict[str, Any] = {"model": {"fingerprint": trained}, "data": {"source": "chat"}, "parents": parents}
         self.record("train", name, seed, TRAINING | {"seed": seed, "weights": made}, losses, **about)
@@ -76,8 +83,10 @@ class Bench:
             Metric("accuracy", right / 8, n=8),
             Metric("guessing_accuracy", 0.5, n=8),
             Metric("majority_accuracy", 0.55, n=8),
+            *(Metric(f"accuracy/{task}", right / 8, n=4) for task in ASKED["tasks"]),
+            *(Metric(f"guessing_accuracy/{task}", 0.5, n=4) for task in ASKED["tasks"]),
         ]
-        about = {"data": {"source": "procedural", "fingerprint": "q"}, "parents": (f"r{self.count:04d}",)}
+        about = {"data": {"source": "procedural", "fingerprint": "q"}, "parents": (self._id(),)}
         self.record("eval-bbh", name, seed, ASKED | {"weights": trained}, accuracy, samples=samples, **about)
         measured = [Metric("parameters", 134_515_008), Metric("decode_tokens_per_second", 75.4, n=3, note="spread 8%")]
         self.record("profile", name, seed, {"batch": 4, **PLACE, "weights": trained}, measured)
@@ -90,7 +99,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def only_table(bench: Bench) -> Table:
-    (table,) = build_tables(bench.store)
+    (table,) = [table for table in build_tables(bench.store) if table.kind == "arms"]
     return table
 
 
@@ -254,3 +263,30 @@ def test_reports_of_two_machines_stand_apart_and_can_be_chosen(bench: Bench) -> 
     (table,) = build_tables(bench.store, testbed=first)
     assert table.rows[0].figures["heldout_loss"].value == 2.0
     assert build_tables(bench.store, suite="other") == []
+
+
+def test_seeds_that_began_from_other_weights_are_never_averaged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    monkeypatch.setattr(bench, "base", "another model")
+    bench.arm("kan", 1, {"basis": "cheby2", "degree": 2}, 3.0, right=8)
+    table = only_table(bench)
+    rows = [row for row in table.rows if row.name == "kan"]
+    assert [(row.label, row.figures["heldout_loss"].value) for row in rows] == [("kan (1)", 2.0), ("kan (2)", 3.0)]
+    assert "Not averaged, for they differ: kan (1): weights base; kan (2): weights another model." in table.notes
+
+
+def test_rows_that_were_not_averaged_say_in_what_they_differ(bench: Bench) -> None:
+    bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    bench.arm("kan", 1, {"basis": "cheby2", "degree": 3}, 3.0, right=8)
+    note = next(note for note in only_table(bench).notes if note.startswith("Not averaged"))
+    assert note == "Not averaged, for they differ: kan (1): retrofit spec degree 2; kan (2): retrofit spec degree 3."
+
+
+def test_a_single_run_shows_the_range_of_its_samples(bench: Bench) -> None:
+    speed = Metric("prefill_tokens_per_second", 1000.0, n=3, samples=(900.0, 1000.0, 1060.0))
+    bench.record("profile", "kan", 0, {"batch": 4, **PLACE}, [speed])
+    table = only_table(bench)
+    figure = table.rows[0].figures["prefill_tokens_per_second"]
+    assert (figure.interval, figure.over) == ((900.0, 1060.0), "samples")
+    assert "| 1,000 ± 8 % |" in to_markdown([table])
+    assert "±: half the range of the samples of one run, which says nothing of other runs." in table.notes

@@ -199,7 +199,7 @@ def test_a_record_has_speed_memory_and_curve_and_reports_show_them(home: Path, k
     assert record["settings"]["heldout_every"] == 0.5
     assert kallm("profile", "kan", "--length", "32", "--batch", "1", "--repeats", "2")[0] == 0
     code, out, _ = kallm("report", "--format", "json")
-    figures = [row["figures"] for table in json.loads(out) for row in table["rows"]]
+    figures = [row["figures"] for table in json.loads(out)["tables"] for row in table["rows"]]
     trained = next(each for each in figures if "train_tokens_per_second" in each)
     assert trained["train_tokens_per_second"]["value"] == metrics["train_tokens_per_second"]["value"]
     profiled = next(each for each in figures if "train_tokens_per_second/profile" in each)

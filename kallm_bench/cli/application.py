@@ -13,7 +13,8 @@ from kallm_bench.cli.looking import bases, generate, inspect
 from kallm_bench.cli.machine import doctor, fetch, name_testbed
 from kallm_bench.cli.profiling import profile
 from kallm_bench.cli.questions import eval_bbh
-from kallm_bench.cli.suites import run, show_report
+from kallm_bench.cli.report import show_report
+from kallm_bench.cli.suites import run
 from kallm_bench.cli.training import train
 
 app = typer.Typer(

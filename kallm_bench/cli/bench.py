@@ -31,6 +31,7 @@ def make_bench(
     from kallm_bench.errors import DeviceError
     from kallm_bench.filing import Bench
     from kallm_bench.profiling import find_device, find_dtype, identity
+    from kallm_bench.profiling.hardware import machine_facts
     from kallm_bench.records import ResultsStore
     from kallm_bench.training import ALONE, asked_for
 
@@ -44,7 +45,7 @@ def make_bench(
     store = ResultsStore(results)
     return Bench(
         store,
-        store.known_testbed(identity()) if dry else store.testbed(identity()),
+        store.known_testbed(identity()) if dry else store.testbed(identity(), machine_facts()),
         Path("runs"),
         where,
         computes_in,

@@ -42,10 +42,13 @@ def name_testbed(
 ) -> None:
     """Show this machine as records know it, or name it."""
     from kallm_bench.profiling import identity
+    from kallm_bench.profiling.hardware import machine_facts
     from kallm_bench.records import ResultsStore
 
     store = ResultsStore(results)
-    called = store.name_testbed(identity(), name) if name else store.testbed(identity())
+    called = (
+        store.name_testbed(identity(), name, machine_facts()) if name else store.testbed(identity(), machine_facts())
+    )
     if as_json:
         console.show_json({"name": called, **identity()})
     else:

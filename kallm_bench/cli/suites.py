@@ -1,10 +1,10 @@
-"""Commands that run a suite and compare what came out: run, report."""
+"""The command that runs a suite: run."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,9 +22,6 @@ from kallm_bench.cli.options import (
     read_numbers,
     read_trackers,
 )
-
-if TYPE_CHECKING:
-    from kallm_bench.records import ResultsStore
 
 
 def run(
@@ -84,69 +81,3 @@ def run(
         console.fail(f"{arm}: {reason}")
     if failures:
         raise typer.Exit(1)
-
-
-def show_report(
-    suite: Annotated[str | None, typer.Option(help="Only this suite.")] = None,
-    testbed: Annotated[str | None, typer.Option(help="Only this machine.")] = None,
-    fmt: Annotated[
-        str | None, typer.Option("--format", help="screen, md, csv, json; by the ending of --out if left out.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
-    results: Results = Path("results"),
-) -> None:
-    """Compare arms in tables: means over seeds, intervals, guessing, and what is missing.
-
-    kallm report --suite quickstart --format md
-    """
-    from kallm_bench.errors import RecordError, unknown
-    from kallm_bench.files import write_file
-    from kallm_bench.records import ResultsStore
-    from kallm_bench.reporting import build_tables, to_csv, to_json, to_markdown
-
-    formats = {"md": to_markdown, "csv": to_csv, "json": to_json}
-    if fmt is None:
-        fmt = (
-            out.suffix.removeprefix(".")
-            if out and out.suffix.removeprefix(".") in formats
-            else "md"
-            if out
-            else "screen"
-        )
-    if fmt != "screen" and fmt not in formats:
-        raise RecordError(unknown("format", fmt, ("screen", *formats)))
-    if fmt == "screen" and out:
-        raise typer.BadParameter(
-            "the screen's tables cannot go into a file; take --format md, csv or json", param_hint="--out"
-        )
-    store = ResultsStore(results)
-    tables = build_tables(store, suite, testbed)
-    tell_damaged(store)
-    if not tables:
-        raise RecordError(_nothing_to_report(store, suite, testbed))
-    if fmt == "screen":
-        console.show_tables(tables)
-        return
-    text = formats[fmt](tables)
-    if out is None:
-        console.stream(text)
-    else:
-        write_file(out, text.encode())
-        console.say(f"Written: {out}")
-
-
-def _nothing_to_report(store: ResultsStore, suite: str | None, testbed: str | None) -> str:
-    from kallm_bench.errors import unknown
-
-    records = store.records()
-    if not records:
-        return f"no records in {store.folder}. Make some: kallm run quickstart"
-    for what, wanted, known in (
-        ("suite", suite, {record.suite for record in records}),
-        ("testbed", testbed, {record.testbed for record in records}),
-    ):
-        if wanted and wanted not in known:
-            return unknown(f"records of {what}", wanted, known)
-    if suite is None and testbed is None:
-        return f"the records in {store.folder} are of checkpoints made, and none of what they can. Try: kallm profile"
-    return f"nothing to compare in the records of suite '{suite or 'any'}' on testbed '{testbed or 'any'}'"

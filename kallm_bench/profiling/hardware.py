@@ -59,6 +59,21 @@ def identity() -> dict[str, Any]:
     }
 
 
+def machine_facts() -> dict[str, Any]:
+    """What is told of this machine beside its identity, and may change: the driver of its GPUs, where it has one."""
+    if not torch.cuda.is_available():
+        return {}
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        return {"driver": None, "nvml": str(error)}
+    return {"driver": driver}
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What was true when a stage ran: versions, the state of the code, and of the GPU in use."""
     facts: dict[str, Any] = {

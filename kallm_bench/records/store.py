@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import glob
 import gzip
 import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kallm_bench.errors import RecordError
-from kallm_bench.files import check_writable, explained, write_file
+from kallm_bench.files import check_writable, explained, sweep_partial, write_file
 from kallm_bench.records.record import RunRecord
 
 TESTBED_FILE = "testbed.json"
@@ -42,11 +45,15 @@ class ResultsStore:
         path = self._folder_of(record) / f"{record.id}.json"
         text = record.to_json()
         if path.exists():
-            raise RecordError(f"a record '{record.id}' exists already; records are never rewritten")
+            raise RecordError(_EXISTS.format(record.id))
+        sweep_partial(path.parent)
         if samples is not None:
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
             write_file(self.samples_path(record), gzip.compress(lines.encode(), mtime=0))
-        write_file(path, text.encode())
+        try:
+            write_file(path, text.encode(), new=True)
+        except FileExistsError:
+            raise RecordError(_EXISTS.format(record.id)) from None
         self.written.add(record.id)
         return path
 
@@ -66,18 +73,46 @@ class ResultsStore:
             return []
 
     def records(self, suite: str | None = None, testbed: str | None = None) -> list[RunRecord]:
-        """All readable records, oldest first, under the name their testbed has now; unreadable ones go to `damaged`."""
+        """All readable records, oldest first, under the name their testbed has now; the others go to `damaged`.
+
+        Those are files that are no records, records of another schema, and records whose id another file bears too. Of
+        files that are copies of each other one is kept.
+        """
         self.damaged = []
-        found = []
+        found: dict[str, list[Path]] = defaultdict(list)
+        records = []
         where = (glob.escape(testbed) if testbed else "*", glob.escape(suite) if suite else "*")
-        for path in sorted(self.folder.glob("/".join((*where, "*.json")))):
-            try:
-                record = RunRecord.from_json(path.read_text(encoding="utf-8"))
-            except (RecordError, UnicodeDecodeError, OSError) as error:
-                self.damaged.append((path, str(error)))
+        with collector_paused():
+            for path in sorted(self.folder.glob("/".join((*where, "*.json"))), key=_by_testbed):
+                try:
+                    record = _moved(RunRecord.from_json(path.read_text(encoding="utf-8")), path)
+                except (RecordError, UnicodeDecodeError, OSError) as error:
+                    self.damaged.append((path, str(error)))
+                    continue
+                found[record.id].append(path)
+                records.append(record)
+        self.damaged += [
+            (path, "not the description of a testbed: machines with records here may not be known again")
+            for path in self.folder.glob(f"{where[0]}/{TESTBED_FILE}")
+            if not _read_json(path)
+        ]
+        unclear = self._set_aside({id_: files for id_, files in found.items() if len(files) > 1})
+        self.damaged.sort()
+        kept = {record.id: record for record in reversed(records) if record.id not in unclear}  # the first of copies
+        return sorted(kept.values(), key=lambda record: (record.started, record.id))
+
+    def _set_aside(self, doubled: dict[str, list[Path]]) -> set[str]:
+        """Names files with the same id; returns the ids of those that differ, of which none can be believed."""
+        unclear = set()
+        for id_, files in doubled.items():
+            if len({path.read_bytes() for path in files}) == 1:
+                self.damaged += [(path, f"a copy of {files[0]}") for path in files[1:]]
                 continue
-            found.append(_moved(record, path))
-        return sorted(found, key=lambda record: (record.started, record.id))
+            unclear.add(id_)
+            for path in files:
+                others = ", ".join(str(other) for other in files if other != path)
+                self.damaged.append((path, f"its id '{id_}' is that of another record too: {others}"))
+        return unclear
 
     def find(self, key: str, testbed: str, suite: str = "", arm: str = "") -> RunRecord | None:
         """The newest record of this key on this testbed; of this suite and arm, if there is one of them."""
@@ -87,8 +122,11 @@ class ResultsStore:
 
     # --- testbeds -----------------------------------------------------------------------------------------------------
 
-    def testbed(self, identity: dict[str, Any]) -> str:
+    def testbed(self, identity: dict[str, Any], facts: dict[str, Any] | None = None) -> str:
         """The name of the machine described by `identity`; `local-<hash>` until it is named. Made on first use.
+
+        Args:
+            facts: what is told of it beside, on first use, and may change without making it another machine.
 
         Raises:
             DiskError: the store cannot be written. Asked first, so that no work is done in vain.
@@ -98,7 +136,8 @@ class ResultsStore:
             return known
         fingerprint = _fingerprint(identity)
         name = f"local-{fingerprint}"
-        self._describe(name, fingerprint, identity)
+        content = {"schema": 1, "fingerprint": fingerprint, **identity, **(facts or {})}
+        write_file(self.folder / name / TESTBED_FILE, (json.dumps(content, indent=1) + "\n").encode())
         return name
 
     def known_testbed(self, identity: dict[str, Any]) -> str:
@@ -113,7 +152,7 @@ class ResultsStore:
         """What testbed.json says of a machine; empty where there is none."""
         return _read_json(self.folder / testbed / TESTBED_FILE)
 
-    def name_testbed(self, identity: dict[str, Any], name: str) -> str:
+    def name_testbed(self, identity: dict[str, Any], name: str, facts: dict[str, Any] | None = None) -> str:
         """Gives this machine a readable name, moving what it has recorded; returns the name.
 
         Raises:
@@ -121,7 +160,7 @@ class ResultsStore:
         """
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) or name.startswith("local-"):
             raise RecordError(f"'{name}' cannot name a testbed; use a-z, 0-9, '.', '_' and '-', and not local-…")
-        old = self.testbed(identity)
+        old = self.testbed(identity, facts)
         if name != old and (self.folder / name).exists():
             raise RecordError(f"another testbed is called '{name}' already")
         if name != old:
@@ -129,12 +168,29 @@ class ResultsStore:
                 (self.folder / old).rename(self.folder / name)
         return name
 
-    def _describe(self, name: str, fingerprint: str, identity: dict[str, Any]) -> None:
-        content = {"schema": 1, "fingerprint": fingerprint, **identity}
-        write_file(self.folder / name / TESTBED_FILE, (json.dumps(content, indent=1) + "\n").encode())
-
     def _folder_of(self, record: RunRecord) -> Path:
         return self.folder / record.testbed / record.suite
+
+
+_EXISTS = "a record '{}' exists already; records are never rewritten"
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keeps Python from looking for garbage: among many new records there is none, and looking takes as long again."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _by_testbed(path: Path) -> tuple[bool, Sequence[str]]:
+    """Named testbeds first, so that of two copies that of a testbed that was named since is kept."""
+    return path.parent.parent.name.startswith("local-"), path.parts
 
 
 def _moved(record: RunRecord, path: Path) -> RunRecord:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import json
 from collections import defaultdict
@@ -14,12 +16,23 @@ from kallm_bench.records import RunRecord
 
 @dataclass(frozen=True)
 class Arm:
-    """Records of one arm that belong together: for each stage one a seed, of equal settings and one line of weights."""
+    """Records of one arm that belong together: for each stage one a seed, of equal settings and one line of weights.
+
+    Args:
+        base: fingerprint of the weights that all of it began from.
+        number: 1, 2, … where several arms go by this name, else 0.
+    """
 
     name: str
     stages: dict[str, list[RunRecord]]
+    base: str = ""
+    number: int = 0
 
     @property
+    def label(self) -> str:
+        return f"{self.name} ({self.number})" if self.number else self.name
+
+    @functools.cached_property
     def specs(self) -> list[dict[str, Any]]:
         """The specs of its retrofits, in order; empty where nothing was replaced."""
         for stage in ("profile", "eval-bbh", "train"):
@@ -33,7 +46,7 @@ class Arm:
         """The last of them."""
         return self.specs[-1] if self.specs else None
 
-    @property
+    @functools.cached_property
     def replaced_parameters(self) -> float:
         records = [record for stage in ("retrofit", "profile") for record in self.stages.get(stage, [])]
         return next((value for record in records if (value := record.value("replaced_parameters"))), 0.0)
@@ -43,6 +56,7 @@ class Arm:
         """Whether there is more to tell than that a checkpoint was made."""
         return any(self.stages.get(stage) for stage in ("train", "eval-bbh", "profile"))
 
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """What its rows must share to be averaged, by stage."""
         return {stage: comparable(records[0]) for stage, records in self.stages.items() if records}
@@ -82,8 +96,9 @@ def variants(name: str, records: Sequence[RunRecord], known: Mapping[str, RunRec
         for answers in [[each] for each in asked.values()] or [[]]:
             line = [*base, *answers, *profiled]
             of_seed = [*_retrofits(line or list(newest.values()), known), *line]
-            found[_signature(of_seed)].append(of_seed)
-    return [arm for seeds in found.values() if (arm := _arm(name, seeds)).measured]
+            found[_signature(of_seed) + _base(of_seed, known)].append(of_seed)
+    arms = [arm for seeds in found.values() if (arm := _arm(name, seeds, known)).measured]
+    return [dataclasses.replace(arm, number=number if len(arms) > 1 else 0) for number, arm in enumerate(arms, start=1)]
 
 
 def _weights(newest: Mapping[str, RunRecord]) -> str | None:
@@ -104,11 +119,21 @@ def _retrofits(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> 
     return []
 
 
-def _arm(name: str, seeds: list[list[RunRecord]]) -> Arm:
+def _base(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> str:
+    """The weights that the first stage of all began from; empty where that has no record here."""
+    record = records[0]
+    while record.parents:
+        if record.parents[0] not in known:
+            return ""
+        record = known[record.parents[0]]
+    return str(record.settings.get("weights", ""))
+
+
+def _arm(name: str, seeds: list[list[RunRecord]], known: Mapping[str, RunRecord]) -> Arm:
     stages: dict[str, list[RunRecord]] = defaultdict(list)
     for record in itertools.chain.from_iterable(seeds):
         stages[record.stage].append(record)
-    return Arm(name, dict(stages))
+    return Arm(name, dict(stages), _base(seeds[0], known))
 
 
 def _signature(records: Sequence[RunRecord]) -> str:
@@ -127,7 +152,7 @@ def what_it_is(arm: Arm) -> str:
 
 def _taught(arm: Arm) -> list[str]:
     """How a curriculum and a teacher took part, in words."""
-    settings = arm.settings().get("train", {})
+    settings = arm.settings.get("train", {})
     curriculum, distillation = settings.get("curriculum") or {}, settings.get("distillation")
     words = {
         "start_degree": "degree rising from {}",

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kallm_bench.records import RunRecord, kind_of
 from kallm_bench.reporting.arms import Arm
 from kallm_bench.reporting.chance import EXPLAINED
+from kallm_bench.reporting.controls import missing_controls
+from kallm_bench.reporting.table import Figure
 
 
-def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], marks: Collection[str]) -> Iterable[str]:
+def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], figures: Sequence[Figure]) -> Iterable[str]:
     """The notes below a table, the most important first.
 
     Args:
         testbed: what testbed.json says.
-        marks: those that stand in the table.
+        figures: those that stand in the table.
     """
+    marks = {figure.mark for figure in figures}
     yield from _question_notes(arms)
     yield from _training_notes(arms)
     yield from (text for mark, text in EXPLAINED.items() if mark in marks)
+    yield from _interval_notes(figures)
     yield from _seed_notes(arms)
-    yield from _missing_controls(arms)
+    if missing := list(missing_controls(arms)):
+        yield f"Not in this suite: {'; '.join(missing)}."
+    yield from _variant_notes(arms)
     yield from _difference_notes(arms)
     yield from _measurement_notes(arms)
     yield place(testbed, [record for arm in arms for records in arm.stages.values() for record in records])
@@ -91,41 +97,51 @@ def _training_notes(arms: Sequence[Arm]) -> Iterable[str]:
         yield f"Held-out loss: {kind_of('heldout_loss').unit}, over {over} tokens."
 
 
+def _interval_notes(figures: Sequence[Figure]) -> Iterable[str]:
+    """What stands in brackets or after ± where it is not over questions, which a note of its own tells."""
+    over = {figure.over for figure in figures}
+    if "seeds" in over:
+        yield "[ ] of what is no accuracy: 95 % interval of the mean over seeds, by Student's t."
+    if "samples" in over:
+        yield "±: half the range of the samples of one run, which says nothing of other runs."
+
+
 def _seed_notes(arms: Sequence[Arm]) -> Iterable[str]:
-    single = [arm.name for arm in arms if arm.seeds == 1]
+    single = [arm.label for arm in arms if arm.seeds == 1]
     if single:
         yield f"One seed only: {', '.join(single)}. Differences between arms say nothing about other seeds."
 
 
-def _missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
-    """Names the controls without which a KAN's row cannot be read."""
-    kans = [arm for arm in arms if arm.spec and arm.spec["basis"] not in ("linear", "drop")]
-    if not kans:
-        return
-    linears = [arm for arm in arms if arm.spec and arm.spec["basis"] == "linear"]
-    missing = []
-    if all(arm.spec for arm in arms):
-        missing.append("the untouched model")
-    if not linears:
-        missing.append("a linear restart")
-    for kan in kans:
-        teacher = _teacher(kan)
-        alike = [linear for linear in linears if _teacher(linear) == teacher]
-        if not any(abs(linear.replaced_parameters / kan.replaced_parameters - 1) < 0.02 for linear in alike):
-            how = ", distilled like it" if teacher else ""
-            missing.append(f"a linear control with as many parameters as '{kan.name}'{how}")
-    if missing:
-        yield f"Not in this suite: {'; '.join(missing)}."
+def _variant_notes(arms: Sequence[Arm]) -> Iterable[str]:
+    """Of rows that go by one name, and so were not averaged, in what they differ."""
+    for name in dict.fromkeys(arm.name for arm in arms if arm.number):
+        flat = {arm.label: _flat(arm) for arm in arms if arm.name == name}
+        keys = sorted({key for each in flat.values() for key in each})
+        keys = [key for key in keys if len({each.get(key) for each in flat.values()}) > 1]
+        told = [label + ": " + ", ".join(f"{key} {each.get(key, '–')}" for key in keys) for label, each in flat.items()]
+        yield f"Not averaged, for they differ: {'; '.join(told)}."
 
 
-def _teacher(arm: Arm) -> Any:
-    return arm.settings().get("train", {}).get("distillation")
+def _flat(arm: Arm) -> dict[str, str]:
+    """All that seeds must share to be averaged, "stage setting" -> in few letters; and the weights at the start."""
+    found = {"weights": _short(arm.base), "stages": "+".join(sorted(arm.stages))}
+    for stage, settings in arm.settings.items():
+        for key, value in settings.items():
+            parts = value.items() if isinstance(value, dict) else [("", value)]
+            found.update({f"{stage} {key} {part}".rstrip(): _short(each) for part, each in parts})
+    return found
+
+
+def _short(value: Any) -> str:
+    """A value as JSON; of a long one, such as a fingerprint, the beginning."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return text if len(text) <= 24 else f"{text[:10]}…"
 
 
 def _difference_notes(arms: Sequence[Arm]) -> Iterable[str]:
     """Says in which settings the rows of one table differ, beyond what makes them different arms."""
     for stage in ("train", "eval-bbh", "profile"):
-        settings = [arm.settings()[stage] for arm in arms if stage in arm.settings()]
+        settings = [arm.settings[stage] for arm in arms if stage in arm.settings]
         names = sorted({key for each in settings for key in each})
         different = [key for key in names if len({json.dumps(each.get(key), sort_keys=True) for each in settings}) > 1]
         different = [key for key in different if not (stage == "train" and key == "tokens")]
@@ -135,7 +151,7 @@ def _difference_notes(arms: Sequence[Arm]) -> Iterable[str]:
 
 def _measurement_notes(arms: Sequence[Arm]) -> Iterable[str]:
     noted = [
-        f"{arm.name}, {metric.name}: {metric.note}"
+        f"{arm.label}, {metric.name}: {metric.note}"
         for arm in arms
         for record in (*arm.stages.get("train", []), *arm.stages.get("profile", []))
         for metric in record.metrics

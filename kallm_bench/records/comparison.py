@@ -1,0 +1,162 @@
+"""Two arms on the same questions: how far apart they are, how sure that is, and in which word to say it.
+
+Arms that answer the same questions are right and wrong together on most of them, so that their difference is known far
+better than either accuracy. What is resampled is therefore the question, with the answers of all seeds of both arms on
+it: a seed brings another answer and no new question. Beside the interval stand McNemar's exact test, which asks nothing
+of the sample's size, and the smallest difference that so many questions could have shown.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special
+
+from kallm_bench.records.statistics import Interval, resampled
+
+Answers = Mapping[str, np.ndarray]
+"""Task -> (seeds, questions) of 0 and 1. Of two arms compared, the same questions stand at the same places."""
+
+MARGIN = 0.01
+"""Differences below this, one point of accuracy, are too small to matter."""
+
+POWER = 0.8
+"""How often a difference as large as the smallest detectable one is found."""
+
+BETTER, WORSE, ALIKE, UNCLEAR = "better", "worse", "equivalent within ±1 point", "not distinguishable"
+
+
+@dataclass(frozen=True)
+class TaskDifference:
+    """One task: the difference, and its p-value corrected by Holm for all tasks that were looked at."""
+
+    difference: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much more often one arm is right than another, by the plain mean over tasks.
+
+    Args:
+        difference, interval: in fractions; 95 %, over questions.
+        detectable: the smallest true difference that these questions would show four times in five.
+        equivalent: whether the 90 % interval lies within ±MARGIN, which is two one-sided tests at 5 %.
+        mcnemar: the exact p-value of each pair of seeds, over all questions.
+        tasks: by name, each with an exact p-value over its questions.
+    """
+
+    difference: float
+    interval: Interval
+    detectable: float
+    equivalent: bool
+    mcnemar: tuple[float, ...]
+    tasks: dict[str, TaskDifference]
+
+    @property
+    def verdict(self) -> str:
+        """One of BETTER, WORSE, ALIKE, UNCLEAR. A difference that is there is named, however small it is."""
+        low, high = self.interval
+        if low > 0 or high < 0:
+            return BETTER if low > 0 else WORSE
+        return ALIKE if self.equivalent else UNCLEAR
+
+
+def compare(ours: Answers, theirs: Answers, replicates: int = 4_000, seed: int = 0) -> Comparison:
+    """Sets one arm beside another on the same questions.
+
+    Args:
+        ours, theirs: with the same tasks and as many questions in each; the numbers of seeds may differ.
+        replicates: draws of the bootstrap; `seed` makes them the same each time.
+
+    Source:
+        Schuirmann 1987 for two one-sided tests; Miller 2024, arXiv:2411.00640, for paired and clustered evaluations.
+    """
+    tasks = sorted(ours)
+    assert tasks == sorted(theirs), "the arms were asked different tasks"
+    apart = [_mean(ours[task]) - _mean(theirs[task]) for task in tasks]
+    draws = resampled(apart, (-1.0, 1.0), 1.0 / len(tasks), replicates, np.random.default_rng(seed))
+    low, least, most, high = np.quantile(draws, [0.025, 0.05, 0.95, 0.975])
+    p_values = holm({task: sign_flip(ours[task], theirs[task]) for task in tasks})
+    return Comparison(
+        difference=float(np.mean([each.mean() for each in apart])),
+        interval=(max(float(low), -1.0), min(float(high), 1.0)),
+        detectable=float((special.ndtri(0.975) + special.ndtri(POWER)) * draws.std()),
+        equivalent=bool(least > -MARGIN and most < MARGIN),
+        mcnemar=tuple(
+            mcnemar(_seed(ours, mine), _seed(theirs, other))
+            for mine, other in _pairs(len(ours[tasks[0]]), len(theirs[tasks[0]]))
+        ),
+        tasks={task: TaskDifference(float(d.mean()), p_values[task]) for task, d in zip(tasks, apart, strict=True)},
+    )
+
+
+def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The exact two-sided p-value of McNemar's test: of the questions that one of two alone got right, whose are more?
+
+    Args:
+        ours, theirs: (questions,) of 0 and 1.
+
+    Source:
+        McNemar 1947, Psychometrika 12; exact by the binomial distribution.
+    """
+    from scipy import stats  # takes half a second to import, which reports that compare nothing need not wait for
+
+    gained, lost = int(np.sum(ours > theirs)), int(np.sum(ours < theirs))
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def sign_flip(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The exact two-sided p-value of a question's difference being as likely one way as the other.
+
+    With one seed this is McNemar's test; with several, a question's difference has a size as well as a sign, and the
+    sum over questions takes each pattern of signs with the same probability.
+
+    Args:
+        ours, theirs: (seeds, questions) of 0 and 1; the numbers of seeds may differ.
+
+    Source:
+        Fisher 1935, "The Design of Experiments", §21.
+    """
+    from scipy import stats
+
+    whole = ours.astype(int).sum(axis=0) * len(theirs) - theirs.astype(int).sum(axis=0) * len(ours)  # (questions,)
+    chances = np.ones(1)  # of the sum of the sizes whose sign is positive
+    for size, count in zip(*np.unique(np.abs(whole[whole != 0]), return_counts=True), strict=True):
+        spaced = np.zeros(size * count + 1)
+        spaced[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        chances = np.convolve(chances, spaced)
+    positive = int(whole[whole > 0].sum())
+    extreme = max(positive, len(chances) - 1 - positive)
+    return min(1.0, 2 * float(chances[extreme:].sum()))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Corrects p-values for their number: any of them is at most 5 % by chance in at most 5 % of families.
+
+    Source:
+        Holm 1979, Scandinavian Journal of Statistics 6.
+    """
+    ordered = sorted(p_values, key=lambda name: p_values[name])
+    scaled = [min(1.0, p_values[name] * (len(ordered) - rank)) for rank, name in enumerate(ordered)]
+    return dict(zip(ordered, itertools.accumulate(scaled, max), strict=True))
+
+
+def _mean(answers: np.ndarray) -> np.ndarray:
+    """(seeds, questions) -> (questions,)"""
+    mean: np.ndarray = np.asarray(answers, dtype=float).mean(axis=0)
+    return mean
+
+
+def _seed(answers: Answers, number: int) -> np.ndarray:
+    """One seed's answers to all questions, task by task."""
+    return np.concatenate([answers[task][number] for task in sorted(answers)])
+
+
+def _pairs(ours: int, theirs: int) -> Sequence[tuple[int, int]]:
+    """Which seed is set beside which: the first beside the first, or each beside the only one there is."""
+    many = max(ours, theirs) if 1 in (ours, theirs) else min(ours, theirs)
+    return [(min(n, ours - 1), min(n, theirs - 1)) for n in range(many)]

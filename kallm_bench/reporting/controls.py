@@ -1,0 +1,88 @@
+"""Which arm is whose control: without one, a KAN's row cannot be read."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kallm_bench.reporting.arms import Arm
+
+MATCHED = 0.02
+"""Numbers of parameters that differ by less are called equal."""
+
+
+class Controls:
+    """The linear arms of a table, found by what they have in common with a KAN; each list by size."""
+
+    def __init__(self, arms: Sequence[Arm]) -> None:
+        self._alike: dict[tuple[str, str, str], list[Arm]] = defaultdict(list)
+        for arm in sorted((arm for arm in arms if is_linear(arm)), key=_size):
+            for key in _keys(arm):
+                self._alike[key].append(arm)
+
+    def of(self, arm: Arm) -> Arm | None:
+        """What a KAN is set beside: a linear control trained alike, with as many parameters if there is one.
+
+        One that was asked the same questions and started alike comes first; of those without as many parameters the
+        largest.
+        """
+        if not is_kan(arm):
+            return None
+        alike: list[Arm] = next((found for key in _keys(arm) if (found := self._alike[key])), [])
+        place = bisect.bisect(alike, _size(arm), key=_size)
+        near = [other for other in alike[max(place - 1, 0) : place + 1] if matched(arm, other)]
+        return min(near, key=lambda other: abs(_size(other) - _size(arm)), default=alike[-1] if alike else None)
+
+
+def _keys(arm: Arm) -> list[tuple[str, str, str]]:
+    """How it was trained; with what else it may have in common with another, the most first."""
+    asked = json.dumps(arm.settings.get("eval-bbh"), sort_keys=True)
+    training, start = _training(arm), str((arm.spec or {}).get("start", "random"))
+    return [(training, start, asked), (training, "", asked), (training, start, ""), (training, "", "")]
+
+
+def is_kan(arm: Arm) -> bool:
+    return bool(arm.spec) and arm.spec["basis"] not in ("linear", "drop")  # type: ignore[index]
+
+
+def is_linear(arm: Arm) -> bool:
+    return bool(arm.spec) and arm.spec["basis"] == "linear"  # type: ignore[index]
+
+
+def matched(arm: Arm, other: Arm) -> bool:
+    """Whether the modules put in are of the same size."""
+    return bool(arm.replaced_parameters) and abs(other.replaced_parameters / arm.replaced_parameters - 1) < MATCHED
+
+
+def _size(arm: Arm) -> float:
+    return arm.replaced_parameters
+
+
+def _training(arm: Arm) -> str:
+    """How an arm was trained, less what only a KAN's curriculum has."""
+    settings = arm.settings.get("train", {})
+    return json.dumps({key: value for key, value in settings.items() if key != "curriculum"}, sort_keys=True)
+
+
+def missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
+    """Names the controls that the KANs among these arms lack."""
+    kans, linears = [arm for arm in arms if is_kan(arm)], [arm for arm in arms if is_linear(arm)]
+    if not kans:
+        return
+    if all(arm.spec for arm in arms):
+        yield "the untouched model"
+    if not linears:
+        yield "a linear restart"
+    teachers = [(_teacher(linear), linear) for linear in linears]
+    for kan in kans:
+        teacher = _teacher(kan)
+        if not any(other == teacher and matched(kan, linear) for other, linear in teachers):
+            how = ", distilled like it" if teacher else ""
+            yield f"a linear control with as many parameters as '{kan.name}'{how}"
+
+
+def _teacher(arm: Arm) -> Any:
+    return arm.settings.get("train", {}).get("distillation")

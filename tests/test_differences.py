@@ -1,0 +1,168 @@
+"""Arms beside a reference: which one, on what, with which words; and what is never set side by side."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_reporting
+from scipy import stats
+from test_reporting import ASKED, PLACE, TRAINING, Bench
+
+from kallm_bench.errors import RecordError
+from kallm_bench.records import Metric
+from kallm_bench.reporting import Row, Table, build_tables, to_markdown
+
+KAN, LINEAR = {"basis": "cheby2", "degree": 2}, {"basis": "linear"}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def differences(bench: Bench, reference: str | None = None) -> Table | None:
+    tables = build_tables(bench.store, reference=reference)
+    return next((table for table in tables if table.kind == "differences"), None)
+
+
+def rows(bench: Bench, reference: str | None = None) -> dict[str, Row]:
+    table = differences(bench, reference)
+    assert table is not None
+    return {row.name: row for row in table.rows}
+
+
+def test_a_kan_is_set_beside_the_linear_control_of_its_size(bench: Bench) -> None:
+    bench.arm("untouched", 0, None, 2.0, right=8)
+    bench.arm("kan", 0, KAN, 2.0, right=8, replaced=1000)
+    assert differences(bench) is None
+    bench.arm("linear", 0, LINEAR, 2.0, right=2, replaced=3000)
+    assert rows(bench)["kan"].words["against"] == "linear"
+    bench.arm("matched", 0, LINEAR | {"hidden": 512}, 2.5, right=1, replaced=1010)
+    found = rows(bench)
+    assert set(found) == {"kan"}
+    assert found["kan"].words["against"] == "matched"
+    assert found["kan"].figures["heldout_loss_difference"].value == -0.5
+    assert found["kan"].figures["accuracy_difference"].value == pytest.approx(100 * 7 / 8)
+
+
+def test_a_control_must_be_trained_alike(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.arm("kan", 0, KAN, 2.0, right=8, replaced=1000)
+    monkeypatch.setattr(test_reporting, "TRAINING", TRAINING | {"scope": "all"})
+    bench.arm("matched", 0, LINEAR, 2.0, right=8, replaced=1000)
+    assert differences(bench) is None
+    assert rows(bench, "matched")["kan"].words["against"] == "matched"  # unless one asks for it
+
+
+def test_a_reference_is_set_beside_all_others(bench: Bench) -> None:
+    bench.arm("untouched", 0, None, 2.0, right=4)
+    bench.arm("linear", 0, LINEAR, 2.1, right=2)
+    bench.arm("kan", 0, KAN, 2.2, right=8)
+    found = rows(bench, "untouched")
+    assert set(found) == {"linear", "kan"}
+    assert found["linear"].figures["accuracy_difference"].value == pytest.approx(-25)
+    assert found["kan"].figures["accuracy_difference"].value == pytest.approx(50)
+    with pytest.raises(RecordError, match=r"no arm 'untuched'\. Did you mean 'untouched'"):
+        build_tables(bench.store, reference="untuched")
+
+
+def test_words_follow_the_questions(bench: Bench) -> None:
+    bench.arm("linear", 0, LINEAR, 2.1, right=0)
+    bench.arm("kan", 0, KAN, 2.2, right=8)
+    bench.arm("other", 0, KAN | {"degree": 3}, 2.2, right=1)
+    found = rows(bench)
+    assert found["kan"].words["verdict on accuracy"] == "better"
+    assert found["kan"].words["McNemar's p"] == "0.0078"  # 2 / 2^8
+    assert found["other"].words["verdict on accuracy"] == "not distinguishable"
+    assert found["other"].words["McNemar's p"] == "1"
+    assert not any("comparisons:" in note for note in differences(bench).notes)  # type: ignore[union-attr]
+    bench.arm("third", 0, KAN | {"degree": 4}, 2.2, right=1)
+    note = "3 comparisons: were all of these arms equals, about 0.15 would be called better or worse."
+    assert note in differences(bench).notes  # type: ignore[union-attr]
+    assert found["kan"].comparison is not None
+    table = differences(bench)
+    assert table is not None
+    assert "| kan | 1 | linear | better | 0.0078 | 0, 0 of 2 | +100.0 [" in to_markdown([table])
+
+
+def test_seeds_give_a_p_value_a_pair_and_losses_an_interval(bench: Bench) -> None:
+    losses = {"linear": (2.5, 2.6, 2.55), "kan": (2.4, 2.52, 2.47)}
+    for seed in range(3):
+        bench.arm("linear", seed, LINEAR, losses["linear"][seed], right=3 + seed)
+        bench.arm("kan", seed, KAN, losses["kan"][seed], right=4)
+    row = rows(bench)["kan"]
+    assert row.words["McNemar's p"].count(",") == 2
+    expected = stats.ttest_rel(losses["kan"], losses["linear"]).confidence_interval()
+    assert row.figures["heldout_loss_difference"].interval == pytest.approx((expected.low, expected.high))
+    assert row.figures["decode_to_reference"].over == "seeds"
+    assert math.isclose(row.figures["decode_to_reference"].value, 1.0)
+
+
+def test_other_questions_are_never_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.arm("linear", 0, LINEAR, 2.1, right=0)
+    monkeypatch.setattr(test_reporting, "ASKED", ASKED | {"questions": "others"})
+    bench.arm("kan", 0, KAN, 2.2, right=8)
+    table = differences(bench)
+    assert table is not None
+    assert "accuracy_difference" not in table.metrics
+    assert "verdict on accuracy" not in table.words
+    note = "No accuracy difference where the questions, or how they were asked, differ: 'kan' and 'linear'."
+    assert note in table.notes
+
+
+def test_two_ways_of_asking_are_compared_each_with_itself(bench: Bench) -> None:
+    for name, spec, right in (("linear", LINEAR, 2), ("kan", KAN, 8)):
+        bench.arm(name, 0, spec, 2.0, right=right, replaced=1000)
+        other = ASKED | {"protocol": "zeroshot", "weights": bench.trained}
+        samples = [{"task": "snarks", "index": n, "correct": True} for n in range(8)]
+        bench.record("eval-bbh", name, 0, other, [Metric("accuracy", 1.0, n=8)], samples=samples)
+    table = differences(bench)
+    assert table is not None
+    found = [(row.label, row.words["against"], row.figures["accuracy_difference"].value) for row in table.rows]
+    assert found == [("kan (1)", "linear (1)", 75.0), ("kan (2)", "linear (2)", 0.0)]
+
+
+def test_other_held_out_rows_are_never_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.arm("linear", 0, LINEAR, 2.1, right=0)
+    monkeypatch.setattr(test_reporting, "TRAINING", TRAINING | {"heldout": "other rows"})
+    bench.arm("kan", 0, KAN, 2.2, right=8)
+    row = rows(bench, "linear")["kan"]
+    assert "heldout_loss_difference" not in row.figures
+    assert "accuracy_difference" in row.figures
+
+
+def test_answers_that_are_gone_leave_the_rest(bench: Bench) -> None:
+    bench.arm("linear", 0, LINEAR, 2.1, right=0)
+    bench.arm("kan", 0, KAN, 2.2, right=8)
+    for path in bench.store.folder.rglob("*.samples.jsonl.gz"):
+        path.write_bytes(b"damaged")
+    row = rows(bench)["kan"]
+    assert "accuracy_difference" not in row.figures
+    assert "heldout_loss_difference" in row.figures
+    assert len(bench.store.damaged) == 2
+
+
+def test_ratios_of_single_runs_keep_what_their_samples_leave_open(bench: Bench) -> None:
+    samples = {"linear": (90.0, 100.0, 105.0), "kan": (45.0, 50.0, 51.0)}
+    for name, spec in (("linear", LINEAR), ("kan", KAN)):
+        bench.arm(name, 0, spec, 2.0, right=4)
+        settings: dict[str, Any] = {"batch": 8, "length": 64, **PLACE, "weights": bench.trained}
+        speed = Metric("prefill_tokens_per_second", samples[name][1], n=3, samples=samples[name])
+        bench.record("profile", name, 0, settings, [speed])
+    figure = rows(bench)["kan"].figures["prefill_to_reference"]
+    assert figure.value == 0.5
+    assert figure.interval == pytest.approx((45 / 105, 51 / 90))
+    assert figure.over == "samples"
+
+
+def test_another_batch_is_another_speed(bench: Bench) -> None:
+    for name, spec, batch in (("linear", LINEAR, 8), ("kan", KAN, 4)):
+        bench.arm(name, 0, spec, 2.0, right=4)
+        settings: dict[str, Any] = {"batch": batch, **PLACE, "weights": bench.trained}
+        measured = [Metric("parameters", 10.0), Metric("prefill_tokens_per_second", 5.0)]
+        bench.record("profile", name, 0, settings, measured)
+    figures = rows(bench)["kan"].figures
+    assert "prefill_to_reference" not in figures
+    assert figures["parameters_to_reference"].value == 1.0
