@@ -343,8 +343,17 @@ def test_a_cell_that_fails_leaves_the_others_alone(
         return train_model(*arguments, **named)
 
     monkeypatch.setattr(cells, "train_model", train)
-    ran = engine.run_suite(bench, read_suite(tmp_path / "three.toml"))
+    lines = []
+    told = dataclasses.replace(
+        bench, watch=lambda work, done, total, note="": lines.append(work) if not total else None
+    )
+    ran = engine.run_suite(told, read_suite(tmp_path / "three.toml"))
     assert [record.arm for record in ran.records if record.stage == "train"] == ["kan", "kan+all"]
+    one, failed, last = (line for line in lines if ", seed 0" in line)
+    losses = [f"{record.value('heldout_loss'):.3f}" for record in ran.records if record.stage == "train"]
+    assert one.startswith(f"kan, seed 0: held-out loss {losses[0]}, ")
+    assert says in failed
+    assert last.startswith(f"kan+all, seed 0: held-out loss {losses[1]}, ")
     assert list(ran.failures) == ["kan+curriculum, seed 0"]
     assert says in ran.failures["kan+curriculum, seed 0"]
 

@@ -19,7 +19,8 @@ from kallm_bench.files import check_writable
 from kallm_bench.filing import Bench
 from kallm_bench.profiling import KernelProblem, first_line, give_back
 from kallm_bench.records import RunRecord
-from kallm_bench.suites import Suite
+from kallm_bench.reporting import Figure, judged, written
+from kallm_bench.suites import Cell, Suite
 
 
 class Ran(NamedTuple):
@@ -46,7 +47,9 @@ def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda 
     ran = Ran([], {})
     for cell in suite.cells:
         with _apart(bench, ran, f"{cell.arm}, seed {cell.seed}"):
-            ran.records.extend(run_cell(bench, cell, begin))
+            records = run_cell(bench, cell, begin)
+            ran.records.extend(records)
+            bench.watch(_ended(cell, records), 0, 0)
     for problem in suite.kernels:
         begin(problem.arm)
         with _apart(bench, ran, problem.arm):
@@ -66,7 +69,23 @@ def _apart(bench: Bench, ran: Ran, name: str) -> Iterator[None]:
         ran.failures[name] = str(error)
     except Exception as error:  # a bug, a library, the machine: the other cells are worth as much as before
         ran.failures[name] = _told(error)
+    bench.watch(f"{name} failed: {ran.failures[name]}", 0, 0)
     give_back(bench.device)
+
+
+SHOWN = {"heldout_loss": "held-out loss", "class_accuracy": "right", "train_tokens_per_second": "training tokens/s"}
+"""Figures of a cell that has ended, with their names; the accuracy has its protocol's."""
+
+
+def _ended(cell: Cell, records: Sequence[RunRecord]) -> str:
+    """A line for a cell that has ended, with what there is to say of it."""
+    found = {}
+    for record in records:
+        for name, label in (SHOWN | {"accuracy": str(record.settings.get("protocol"))}).items():
+            if (value := record.value(name)) is not None:
+                found[label] = written(name, Figure(value, *judged(record, name)))
+    figures = ", ".join(f"{label} {value}" for label, value in found.items())
+    return f"{cell.arm}, seed {cell.seed}: {figures or 'done'}"
 
 
 def _told(error: Exception) -> str:
