@@ -149,18 +149,20 @@ def _difference_notes(arms: Sequence[Arm]) -> Iterable[str]:
             yield f"Rows differ in {stage} settings: {', '.join(different)}."
 
 
+RESERVED = ("prefill_tokens_per_second", "decode_tokens_per_second", "train_tokens_per_second")
+"""Figures of a table that tell of reservations below it; of their spread they tell themselves."""
+
+
 def _measurement_notes(arms: Sequence[Arm]) -> Iterable[str]:
-    noted = [
-        f"{arm.label}, {metric.name}: {metric.note}"
-        for arm in arms
-        for record in (*arm.stages.get("train", []), *arm.stages.get("profile", []))
-        for metric in record.metrics
-        if metric.note
-        and metric.value is not None
-        and (record.stage == "profile" or metric.name == "train_tokens_per_second")
-    ]
-    if noted:
-        yield f"Measured with reservations: {'; '.join(noted)}."
+    noted: dict[str, list[str]] = {}
+    for arm in arms:
+        for record in (*arm.stages.get("train", []), *arm.stages.get("profile", [])):
+            for metric in record.metrics:
+                said = [part for part in metric.note.split("; ") if part and not part.startswith("spread")]
+                if said and metric.value is not None and metric.name in RESERVED:
+                    noted.setdefault("; ".join(said), []).append(f"{metric.name} of {arm.label}")
+    for reservation, where in noted.items():
+        yield f"Measured with reservations: {reservation} ({', '.join(where)})."
 
 
 def _machine(testbed: dict[str, Any]) -> str:
