@@ -19,12 +19,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from kallm_bench.bbh import decoding, plain
+from kallm_bench.bbh import comparison, plain
 from kallm_bench.bbh.attention import UnsupportedError
-from kallm_bench.bbh.decoding import CPU_GRAIN, GRAINS, Decoder, check
+from kallm_bench.bbh.comparison import check
+from kallm_bench.bbh.decoding import CPU_GRAIN, GRAINS, Decoder
 from kallm_bench.bbh.generation import Reply, generate
 from kallm_bench.bbh.prompts import Prompt
 from kallm_bench.bbh.questions import load_questions
+from kallm_bench.bbh.shapes import layers_of
 from kallm_bench.bbh.stops import Ending
 from kallm_bench.errors import BBHError
 from kallm_bench.models import retrofit
@@ -47,7 +49,7 @@ def lively(model: Any) -> Any:
     return model.eval()
 
 
-COARSE = dataclasses.replace(GRAINS["cuda"], own=64, beginning=64, fixed_rows=8)
+COARSE = dataclasses.replace(GRAINS["cuda"], own=64, fixed_rows=16)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_in_batch_invariant_mode_logits_are_the_same_to_the_bit(
     def spying(self: Decoder, rows: int, columns: int) -> torch.Tensor:
         found = original(self, rows, columns)
         for at in range(rows):
-            seen.setdefault(hash((self.length, int(self.positions[at]), int(self.tokens[at]))), set()).add(
+            seen.setdefault(hash((int(self.before[at]), int(self.positions[at]), int(self.tokens[at]))), set()).add(
                 found[at].numpy().tobytes()
             )
         return found
@@ -293,7 +295,7 @@ def test_where_memory_runs_out_the_batch_halves_and_goes_on(
 
     monkeypatch.setattr(type(llama), "forward", small)
     if where == "generate":
-        monkeypatch.setattr(decoding, "TOLERANCE", {torch.float32: -1.0})
+        monkeypatch.setattr(comparison, "TOLERANCE", {torch.float32: -1.0})
     replies = ask(llama, tokenizer, some_prompts(), batch_size=8, watch=lambda *all: notes.append(all[3]))
     assert [(reply.tokens, reply.why) for reply in replies] == truth
     assert [note for note in notes if "memory" in note] == [f"out of memory, {n} at once from here" for n in (4, 2)]
@@ -312,7 +314,7 @@ def test_generation_settings_of_a_model_have_no_say_and_stay(
     monkeypatch.setattr(shipped, "do_sample", True)
     attention = llama.config._attn_implementation
     for tolerance in (3e-3, -1.0):  # by the engine, by generate
-        monkeypatch.setattr(decoding, "TOLERANCE", {torch.float32: tolerance})
+        monkeypatch.setattr(comparison, "TOLERANCE", {torch.float32: tolerance})
         replies = ask(llama, tokenizer, some_prompts(), batch_size=3)
         assert [(reply.tokens, reply.why) for reply in replies] == truth
     assert llama.generation_config is shipped
@@ -356,11 +358,12 @@ def test_a_retrofitted_model_is_asked_like_any_other(tiny_llama: Any, tokenizer:
 
 def test_attention_that_is_wrong_is_noticed(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison at the start sees a wrong token, and a place that is off by one."""
-    check(llama, 100)
+    layers = layers_of(llama, 100)
+    check(llama, layers, CPU_GRAIN, fused=False)
     begin, admit = Decoder.begin, Decoder.admit
-    monkeypatch.setattr(Decoder, "begin", lambda self, ids: begin(self, [*ids[:-1], ids[0]]))
+    monkeypatch.setattr(Decoder, "begin", lambda self, place, ids: begin(self, place, [*ids[:-1], ids[0]]))
     with pytest.raises(UnsupportedError, match="differ by"):
-        check(llama, 100)
+        check(llama, layers, CPU_GRAIN, fused=False)
     monkeypatch.setattr(Decoder, "begin", begin)
 
     def late(self: Decoder, prompts: Any) -> None:
@@ -370,7 +373,7 @@ def test_attention_that_is_wrong_is_noticed(llama: Any, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Decoder, "admit", late)
     with pytest.raises(UnsupportedError, match="differ by"):
-        check(llama, 100)
+        check(llama, layers, CPU_GRAIN, fused=False)
 
 
 @pytest.mark.long
