@@ -1,4 +1,4 @@
-"""A Decoder is believed only where its logits are the model's own: compared on made-up tokens before the first reply."""
+"""A Decoder is believed only where its logits are the model's own: compared on made-up tokens, before any reply."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def check(model: PreTrainedModel, layers: Sequence[LayerShape], grain: Grain, fu
     shared, rest = made_up[: PROBED // 2], made_up[PROBED // 2 : PROBED]
     other = made_up[PROBED : PROBED + 5]
     grain = dataclasses.replace(grain, block=grain.block if fused else 1)
+    errors = FOREIGN + compiler_errors() if fused else FOREIGN
     try:
         decoder = Decoder(model, layers, Room(2 * grain.block, PROBED, PROBED, 1), grain, fused=fused, recorded=False)
         found = _last_logits(decoder, shared, rest, other)
@@ -48,7 +49,7 @@ def check(model: PreTrainedModel, layers: Sequence[LayerShape], grain: Grain, fu
             truth = torch.cat([model(input_ids=ids, use_cache=False).logits[:, -1] for ids in whole])
     except torch.OutOfMemoryError:
         raise
-    except (*FOREIGN, *(compiler_errors() if fused else ())) as error:
+    except errors as error:
         raise UnsupportedError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     found, truth = found.double(), truth.double()
     off = float((found - truth).norm() / (truth - truth.mean()).norm())

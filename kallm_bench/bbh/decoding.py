@@ -12,7 +12,7 @@ Rows beyond those in use are left out of a step in coarse strides: so there are 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 

@@ -18,12 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kallm_bench.kan.kernels.device import product
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST = 128
 """Of a key or a value."""
 
-QUERIES = 64
-"""In a tile of the first kernel, at most."""
+QUERIES = {2: 64, 4: 16}
+"""In a tile of the first kernel, at most, by bytes of a number; more of four bytes would not stay in registers."""
+
+KEYS = {2: 64, 4: 32}
+"""That a kernel reads at once, by bytes of a number."""
 
 PROGRAMS = 4 * 132
 """Of the first kernel, about: where rows are few, a beginning is cut in parts."""
@@ -65,7 +70,7 @@ def attend_step(
     query, key, value = (each[:, :, 0].to(dtype) for each in (query, key, value))
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     shared = heads // groups
-    tile = min(QUERIES, max(16, triton.next_power_of_2(block * shared)))
+    tile = min(QUERIES[dtype.itemsize], max(16, triton.next_power_of_2(block * shared)))
     tiles = triton.cdiv(rows, block) * triton.cdiv(block * shared, tile)
     parts = max(1, min(MOST_PARTS, PROGRAMS // (tiles * groups))) if common[0].shape[1] else 0
     means = query.new_empty(parts, rows, heads, value_width, dtype=torch.float32)
@@ -77,7 +82,7 @@ def attend_step(
         "WIDTH": max(16, triton.next_power_of_2(width)),
         "VALUE_WIDTH": max(16, triton.next_power_of_2(value_width)),
         "SHARED": shared,
-        "KEYS": 64 if dtype.itemsize == 2 else 32,
+        "KEYS": KEYS[dtype.itemsize],
     }
     steepness = scaling * 1.4426950408889634  # log2(e)
     with torch.cuda.device_of(query):
@@ -108,7 +113,8 @@ def _weighed(query, keys, values, inside, width, value_width, steepness, top, to
         mean: [QUERIES, VALUE_WIDTH], the sum of values so far, so weighed.
     """
     key = tl.load(keys[None, :] + width[:, None], mask=inside[None, :] & (width[:, None] < D), other=0.0)
-    scores = tl.dot(query, key, input_precision="ieee") * steepness  # [QUERIES, KEYS]
+    scores = tl.zeros([query.shape[0], key.shape[1]], tl.float32)
+    scores = product(query, key, scores, "ieee") * steepness  # [QUERIES, KEYS]
     scores = tl.where(inside[None, :], scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp2(scores - higher[:, None])
@@ -116,7 +122,7 @@ def _weighed(query, keys, values, inside, width, value_width, steepness, top, to
     value = tl.load(
         values[:, None] + value_width[None, :], mask=inside[:, None] & (value_width[None, :] < V), other=0.0
     )
-    mean = mean * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    mean = product(weights.to(value.dtype), value, mean * shrink[:, None], "ieee")
     return higher, total * shrink + tl.sum(weights, 1), mean
 
 

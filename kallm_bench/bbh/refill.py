@@ -149,7 +149,7 @@ class Refill:
             columns = min(columns, -(-(self._columns() + count) // grain.own) * grain.own)
         chosen = decoder.steps(count, rows, columns)
         suspicious = self.suspects.among(chosen).any(axis=1).tolist()
-        ended = []
+        ended: list[tuple[int, tuple[int, str]]] = []
         for row, tokens in zip(range(rows), chosen.tolist(), strict=True):
             if (each := self.live.get(row)) is None:
                 continue

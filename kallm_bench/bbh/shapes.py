@@ -73,9 +73,10 @@ def kernels_fit(device: torch.device, layers: Sequence[LayerShape]) -> bool:
         return False
     try:
         from kallm_bench.bbh import kernels
+        from kallm_bench.kan.kernels.device import runs_on
     except ImportError:
         return False
-    return all(
+    return runs_on(device) and all(
         layer.dtype in kernels.DTYPES and max(layer.width, layer.value_width) <= kernels.WIDEST for layer in layers
     )
 
