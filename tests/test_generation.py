@@ -7,6 +7,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -26,8 +27,8 @@ from kallm_bench.bbh.decoding import CPU_GRAIN, GRAINS, Decoder
 from kallm_bench.bbh.generation import Reply, generate
 from kallm_bench.bbh.prompts import Prompt
 from kallm_bench.bbh.questions import load_questions
-from kallm_bench.bbh.shapes import layers_of
-from kallm_bench.bbh.stops import Ending
+from kallm_bench.bbh.shapes import layers_of, rows_that_fit
+from kallm_bench.bbh.stops import Ending, Suspects
 from kallm_bench.errors import BBHError
 from kallm_bench.models import retrofit
 from kallm_bench.models.spec import KANSpec
@@ -246,6 +247,80 @@ def test_endings(
     assert not bundled_tokenizer.decode(ids[: end[0] - 1]).startswith(tokens)
     assert end[1] == why
     assert ending.cut(bundled_tokenizer.decode(ids[: end[0]], skip_special_tokens=True)) == text
+
+
+@pytest.mark.parametrize("stops", [(), ("Q:", "\n\n"), ("<|im_end|>",), ("ends ",), ("☃", "</s>"), ("né",)], ids=str)
+def test_tokens_that_may_end_a_reply_are_those_that_do(bundled_tokenizer: Any, stops: tuple[str, ...]) -> None:
+    """Of texts with all stops in them, cut anywhere, every token that ends one is suspected; most others are not."""
+    said = "A long text ends here\n\nQ: né ☃ and</s> so<|im_end|> on, as it has always done. " * 2
+    ids = bundled_tokenizer(said)["input_ids"]
+    ending = Ending(frozenset([bundled_tokenizer.convert_tokens_to_ids("<|endoftext|>")]), stops, 999)
+    suspects = Suspects(bundled_tokenizer, [ending, ending], len(bundled_tokenizer))
+    found = suspects.among(np.array([ids, ids]))
+    assert found.shape == (2, len(ids))
+    assert (suspects.among(np.array([ids, ids])) == found).all()
+    ended = []
+    for start in range(len(ids)):
+        end = ending.find(bundled_tokenizer, ids[start:], 0)
+        if end is not None:
+            ended.append(start + end[0] - 1)
+    assert bool(ended) is bool(stops)
+    assert all(found[0, at] for at in ended)
+    if stops != ("ends ",):  # a space may be left out where a token begins, so that any token may end it
+        assert found.mean() < 0.5
+    ends = np.array([[0, *sorted(ending.tokens)]])
+    assert suspects.among(ends)[0, 1]
+
+
+def test_replies_without_suspects_are_not_decoded(
+    llama: Any, tokenizer: Any, truth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look costs nothing where no token can end a reply."""
+    found, find = [], Ending.find
+    monkeypatch.setattr(Ending, "find", lambda self, *given: found.append(given) or find(self, *given))
+    replies = ask(llama, tokenizer, some_prompts(stops=("\0",)), batch_size=4)
+    assert [(reply.tokens, reply.why) for reply in replies] == truth
+    assert len(found) == len(truth)
+
+
+def test_beginnings_of_several_tasks_at_once(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is computed once, and one step has rows of several."""
+    begun, together = [], []
+    begin, steps = Decoder.begin, Decoder.steps
+    monkeypatch.setattr(Decoder, "begin", lambda self, at, ids: begun.append(len(ids)) or begin(self, at, ids))
+    monkeypatch.setattr(
+        Decoder, "steps", lambda self, *a: together.append(len(set(self.before[: a[1]].tolist()))) or steps(self, *a)
+    )
+    ask(llama, tokenizer, some_prompts(), batch_size=12)
+    assert len(begun) == 1 + 2  # one in the comparison at the start
+    assert max(together) == 3
+
+
+def test_places_of_beginnings_are_used_again(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not all are in memory at once, the next waits until one is no longer needed."""
+    places, begin = [], Decoder.begin
+    monkeypatch.setattr(Decoder, "begin", lambda self, at, ids: places.append(at) or begin(self, at, ids))
+    prompts = [
+        dataclasses.replace(each, shared=f"{SHARED}Q: {'so ' * (each.index % 6)}?\nA: Yes.\n\n")
+        for each in some_prompts(14)
+    ]
+    replies = ask(llama, tokenizer, prompts, batch_size=8)
+    assert [(reply.tokens, reply.why) for reply in replies] == by_generate(llama, tokenizer, prompts)
+    assert len(places) == 1 + 6
+    assert set(places) == {0, 1}
+
+
+def test_rows_follow_from_memory_where_nobody_says(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = layers_of(llama, 100)
+    assert sum(layer.token_bytes for layer in layers) == 2 * 2 * (8 + 8) * 4
+    assert rows_that_fit(torch.device("cpu"), layers, 100) == 16
+    gpu, row = torch.device("cuda"), 100 * 2 * 2 * (8 + 8) * 4
+    for fits, rows in ((0.5, 1), (37.2, 37), (5000, 1024)):
+        free = int(fits * row / 0.6)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free // 4, 10**12))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, free=free: free)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device, free=free: free // 4)
+        assert rows_that_fit(gpu, layers, 100) == rows
 
 
 def test_a_prompt_beyond_the_context_is_cut_from_the_left_and_said(llama: Any, tokenizer: Any) -> None:

@@ -91,8 +91,8 @@ class PromptSight:
     def look(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         attention = nn.functional.scaled_dot_product_attention
         if not self.beginning:
-            several = query.shape[1] != key.shape[1]
-            return attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=several).transpose(1, 2)
+            key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+            return attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2)
         rows, heads, length, _ = query.shape
         groups, before = key.shape[1], self.beginning[layer][0].shape[1]
         key, value = (

@@ -104,6 +104,8 @@ class Refill:
         """Gives free rows to the next jobs."""
         self._move(self.seats.rows)
         for group in list(self.waiting):
+            if len(self.live) == self.most:
+                return
             queue, free = self.waiting[group], self.seats.free(group)
             count = min(len(queue), len(free), self.most - len(self.live))
             if not count or not self._begin(group, queue[0]):
