@@ -296,6 +296,23 @@ def test_beginnings_of_several_tasks_at_once(llama: Any, tokenizer: Any, monkeyp
     assert max(together) == 3
 
 
+def test_rows_that_are_free_look_at_nothing(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the others go on: on a GPU they would read their memory for nothing."""
+    seen, steps = [], Decoder.steps
+
+    def spying(self: Decoder, *given: Any) -> Any:
+        found = steps(self, *given)
+        seen.append((int(self.used.sum()), int((self.positions > 0).sum())))
+        return found
+
+    monkeypatch.setattr(Decoder, "steps", spying)
+    prompts = some_prompts(4, shared="")
+    prompts = [dataclasses.replace(each, max_new_tokens=(2, 20)[each.index == 1]) for each in prompts]
+    ask(llama, tokenizer, prompts, batch_size=4)
+    assert seen[0] == (4, 4)
+    assert seen[-1] == (1, 1)
+
+
 def test_places_of_beginnings_are_used_again(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where not all are in memory at once, the next waits until one is no longer needed."""
     places, begin = [], Decoder.begin

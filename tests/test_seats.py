@@ -56,3 +56,9 @@ def test_of_a_block_alone_only_rows_in_use_are_needed() -> None:
     assert seats.together(2) == {6: 0, 7: 1}
     seats.taken[8] = 2
     assert seats.needed() == 8
+
+
+def test_the_fullest_blocks_stay() -> None:
+    seats = Seats(12, 4)
+    seats.taken = {0: 1, 4: 1, 5: 1, 6: 1}
+    assert seats.together(12) == {0: 7}

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kallm_bench.bbh.attention import FusedSight, Neighbours, Pair, PromptSight, Sight, StepSight, replies_attention
+from kallm_bench.bbh.norms import norms_in_one
 from kallm_bench.bbh.shapes import LayerShape
 
 NOWHERE = -1
@@ -128,6 +129,7 @@ class Decoder:
         with torch.inference_mode():
             self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
             self.positions = torch.zeros(rows, dtype=torch.long, device=device)  # of the next token, in its row
+            self.used = torch.zeros(rows, dtype=torch.long, device=device)  # 1 in use, 0 not: there no token is kept
             self.starts = torch.zeros(rows, dtype=torch.long, device=device)  # of the beginning, among all
             self.before = torch.zeros(rows, dtype=torch.long, device=device)  # tokens of the beginning
             self.chosen = torch.zeros(rows, grain.steps, dtype=torch.long, device=device)
@@ -179,6 +181,7 @@ class Decoder:
                 mine.values[where, :, :width] = layer.values
         self.tokens[where] = torch.tensor([tokens[-1] for tokens in prompts.values()], device=device)
         self.positions[where] = torch.tensor([len(tokens) - 1 for tokens in prompts.values()], device=device)
+        self.used[where] = 1
 
     @torch.inference_mode()
     def move(self, moves: Mapping[int, int], columns: int) -> None:
@@ -194,7 +197,7 @@ class Decoder:
         for layer in self.cache.layers:
             layer.keys[targets, :, :columns] = layer.keys[sources, :, :columns]
             layer.values[targets, :, :columns] = layer.values[sources, :, :columns]
-        for each in (self.tokens, self.positions):
+        for each in (self.tokens, self.positions, self.used):
             each[targets] = each[sources]
         block, places = self.grain.block, list(self._places)
         for source, target in moves.items():
@@ -203,8 +206,10 @@ class Decoder:
 
     @torch.inference_mode()
     def release(self, rows: Sequence[int]) -> None:
-        """These rows are no longer in use: they go on in steps, but look at nothing of their own."""
-        self.positions[torch.tensor(list(rows), dtype=torch.long, device=self.model.device)] = 0
+        """These rows are no longer in use: they go on in steps, but look at one token of their own alone."""
+        where = torch.tensor(list(rows), dtype=torch.long, device=self.model.device)
+        self.positions[where] = 0
+        self.used[where] = 0
 
     @torch.inference_mode()
     def steps(self, count: int, rows: int, columns: int) -> NDArray[np.int64]:
@@ -279,7 +284,8 @@ class Decoder:
         tokens = self.logits(rows, columns).argmax(dim=-1)
         self.chosen[:rows].index_copy_(1, self.step_number, tokens[:, None])
         self.tokens[:rows] = tokens
-        self.positions[:rows] = (self.positions[:rows] + 1).clamp(max=self.room.own - 1)  # a row may run beyond its end
+        following = self.positions[:rows] + self.used[:rows]
+        self.positions[:rows] = following.clamp(max=self.room.own - 1)  # a row may run beyond its end
         self.step_number += 1
 
     def _record(self, rows: int) -> None:
@@ -292,7 +298,7 @@ class Decoder:
         side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(home)
         try:
-            with replies_attention(self.model):
+            with replies_attention(self.model), norms_in_one(self.model):
                 with torch.cuda.stream(side):
                     self._step(rows, self.room.own)  # compiles, and libraries make what they keep
                 home.wait_stream(side)

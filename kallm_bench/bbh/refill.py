@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -150,7 +151,7 @@ class Refill:
                 self._move(rows)
             columns = min(columns, -(-(self._columns() + count) // grain.own) * grain.own)
         chosen = decoder.steps(count, rows, columns)
-        suspicious = self.suspects.among(chosen).any(axis=1).tolist()
+        suspicious: list[bool] = np.any(self.suspects.among(chosen), axis=1).tolist()
         ended: list[tuple[int, tuple[int, str]]] = []
         for row, tokens in zip(range(rows), chosen.tolist(), strict=True):
             if (each := self.live.get(row)) is None:
