@@ -99,13 +99,15 @@ def fused_on(model: Any) -> bool:
 
 
 def full_decoder(model: Any, rows: int, beginnings: Sequence[Sequence[int]], own: int, fused: bool) -> Decoder:
-    """With so many rows at least, whose blocks have these beginnings in turn."""
+    """With so many rows at least, whose blocks have these beginnings, one after the other."""
     grain = grain_of(model.device)
     room = Room(-(-rows // grain.block) * grain.block, own + grain.steps, max(map(len, beginnings)), len(beginnings))
     decoder = Decoder(model, layers_of(model, 1), room, grain, fused=fused)
     for place, beginning in enumerate(beginnings):
         decoder.begin(place, beginning)
-        decoder.share(range(place * grain.block, room.rows, len(beginnings) * grain.block), place)
+        first, last = (each * room.rows // len(beginnings) for each in (place, place + 1))
+        if blocks := range(-(-first // grain.block) * grain.block, last, grain.block):
+            decoder.share(blocks, place)
     return decoder
 
 
@@ -202,6 +204,7 @@ def main() -> None:
                         help="also: step, parts")  # fmt: skip
     parser.add_argument("--rows", nargs="*", type=int, default=[16, 64, 256, 1024] if on_gpu else [1, 4, 16])
     parser.add_argument("--tokens", type=int, default=256 if on_gpu else 64, help="of a row's own, in `step`")
+    parser.add_argument("--kernels", nargs="*", default=["True", "False"], help="in `step` and `parts`; or one of both")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -209,7 +212,7 @@ def main() -> None:
     prompts = few_shot_prompts(asked.data, asked.tasks, asked.questions, asked.new)
     rows: list[dict[str, Any]] = []
     found: dict[str, Tokens] = {}
-    both = [True, False] if fused_on(model) else [False]
+    both = [fused for fused in (True, False) if str(fused) in asked.kernels and (fused_on(model) or not fused)]
     if "step" in asked.ways:
         beginnings = [tokenizer(shared)["input_ids"] for shared in dict.fromkeys(prompt.shared for prompt in prompts)]
         for count in asked.rows:

@@ -272,6 +272,15 @@ def test_tokens_that_may_end_a_reply_are_those_that_do(bundled_tokenizer: Any, s
     assert suspects.among(ends)[0, 1]
 
 
+def test_where_a_tokenizer_leaves_spaces_out_any_token_may_say_one() -> None:
+    class Stripping:
+        def decode(self, tokens: list[int], **settings: Any) -> str:
+            return "".join(" a"[:token] for token in tokens).lstrip()
+
+    ending = Ending(frozenset(), (". ",), 9)
+    assert Suspects(Stripping(), [ending], 3).among(np.array([[1, 2]])).all()
+
+
 def test_replies_without_suspects_are_not_decoded(
     llama: Any, tokenizer: Any, truth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

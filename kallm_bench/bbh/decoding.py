@@ -55,7 +55,7 @@ class Grain:
 
 
 GRAINS = {
-    "cuda": Grain(steps=16, rows=4, least_rows=16, block=16, own=256, fixed_rows=64, prefill_tokens=16384),
+    "cuda": Grain(steps=16, rows=4, least_rows=16, block=16, own=256, fixed_rows=64, prefill_tokens=32768),
 }
 CPU_GRAIN = Grain(steps=2, rows=2, least_rows=1, block=4, own=32, fixed_rows=16, prefill_tokens=1024)
 

@@ -21,6 +21,10 @@ from kallm_bench.bbh.seats import Seats
 from kallm_bench.bbh.shapes import LayerShape
 from kallm_bench.bbh.stops import Suspects
 
+COPIES = 16
+"""Prompts that go through the model at once look at this many times their tokens, at most: a beginning is copied for
+each of them."""
+
 Ended = tuple[Job, list[int], str]
 """A job, its reply with the token that ended it, and why it ended."""
 
@@ -134,7 +138,9 @@ class Refill:
         chunk: list[tuple[int, Job]] = []
         for row, job in admitted:
             widest = max(len(each.own) for _, each in (*chunk[:1], (row, job)))  # the longest come first
-            if chunk and (self.way.fixed or widest * (len(chunk) + 1) > self.way.grain.prefill_tokens):
+            most = self.way.grain.prefill_tokens
+            read = COPIES * most < (len(job.beginning) + widest) * (len(chunk) + 1)
+            if chunk and (self.way.fixed or read or widest * (len(chunk) + 1) > most):
                 yield chunk
                 chunk = []
             chunk.append((row, job))
