@@ -261,7 +261,7 @@ def foresee(wanted: Wanted, records: Sequence[RunRecord]) -> Budget:
     if wanted.spec:
         config.kallm = [*(getattr(config, "kallm", None) or []), complete_spec(config, wanted.spec).to_json()]
     model = skeleton_of(config)
-    learning = apply_scope(model, settings.scope, settings.tail_from) if settings.steps else []
+    learning = apply_scope(model, settings.scope, settings.tail_from, settings.lora) if settings.steps else []
     parameters, trainable = (sum(each.numel() for each in some) for some in (list(model.parameters()), learning))
     like = _nearest(wanted, records)
     if like:

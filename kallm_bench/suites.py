@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kallm_bench.bbh.evaluate import EvalSettings
 from kallm_bench.errors import SuiteError, unknown
 from kallm_bench.models import CalibrationSettings, CutSettings, KANSpec
-from kallm_bench.profiling import KernelProblem, KernelSettings, ProfileSettings, problems_by_hand
+from kallm_bench.profiling import DTYPES, KernelProblem, KernelSettings, ProfileSettings, problems_by_hand
 from kallm_bench.training import CurriculumSettings, DistillationSettings, TrainSettings
 
 SECTIONS: dict[str, type] = {
@@ -44,6 +44,9 @@ class Cell:
         spec: None for an arm with nothing replaced.
         match: the spec of the arm that `spec` shall have as many parameters as; None where it stands by itself.
         stages: which of STAGES are run.
+        evals: the ways that questions are asked, each once.
+        after: the cell whose retrofitted and trained model this one starts from, if not from the suite's own.
+        dtype: that it computes in, a key of DTYPES; "" for what the command says.
         cut: what is left of the model before anything else is done, if not all.
     """
 
@@ -58,8 +61,10 @@ class Cell:
     train: TrainSettings
     curriculum: CurriculumSettings
     distillation: DistillationSettings
-    eval: EvalSettings
+    evals: tuple[EvalSettings, ...]
     profile: ProfileSettings
+    after: Cell | None = None
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,38 +94,50 @@ def find_suite(name: str) -> Path:
     raise SuiteError(f"no suite file '{name}'" if name.endswith(".toml") else unknown("suite", name, shipped))
 
 
-def read_suite(path: Path, only: Iterable[str] = (), seeds: Iterable[int] | None = None) -> Suite:
+def read_suite(
+    path: Path,
+    only: Iterable[str] = (),
+    seeds: Iterable[int] | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    heldout: str | None = None,
+) -> Suite:
     """The suite in a TOML file.
 
     Args:
         only: names of the arms to keep; none named keeps all.
-        seeds: in place of the file's own.
+        seeds, model: in place of the file's own.
+        data, heldout: in place of the suite's own, in training and in calibration; data without held-out data holds out
+            a part of itself. What an arm names for itself stays.
 
     Raises:
         SuiteError: not TOML, an unknown key (with the nearest one), an arm twice, a value of the wrong type.
         KallmError: a setting that cannot be, as its own dataclass says.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: {error}") from error
-    _refuse_unknown(data, {"description", "model", "seeds", "stages", "arm", "kernels", *SECTIONS}, str(path))
-    top: dict[str, Any] = {"description": "", "model": "", "seeds": [0], "stages": ["train"], "arm": [{}]}
+    _refuse_unknown(
+        content, {"description", "model", "dtype", "seeds", "stages", "arm", "kernels", *SECTIONS}, str(path)
+    )
+    top: dict[str, Any] = {"description": "", "model": "", "dtype": "", "seeds": [0], "stages": ["train"], "arm": [{}]}
     for key, like in (top | {section: {} for section in SECTIONS}).items():
-        _check_like(data, key, like, str(path))
-    arms = data.get("arm", [])
-    problems = _problems(data.get("kernels", []), str(path))
+        _check_like(content, key, like, str(path))
+    _replace(content, model, data, heldout)
+    arms = content.get("arm", [])
+    problems = _problems(content.get("kernels", []), str(path))
     if not (arms or problems) or not all(
         isinstance(arm, dict) and re.fullmatch(r"[\w.+-]+", str(arm.get("name", ""))) for arm in arms
     ):
         raise SuiteError(f"{path}: needs [[arm]] tables, each with a 'name' of letters, digits, '-', '_', '.' and '+'")
-    for stage in data.get("stages", []):
+    for stage in content.get("stages", []):
         if stage not in STAGES:
             raise SuiteError(f"{path}: {unknown('stage', str(stage), STAGES)}")
     names = [arm["name"] for arm in arms] + [problem.arm for problem in problems]
     if len(set(names)) < len(names):
         raise SuiteError(f"{path}: two arms have one name; it has {names}")
-    chosen = list(data.get("seeds", [0]) if seeds is None else seeds)
+    chosen = list(content.get("seeds", [0]) if seeds is None else seeds)
     if not chosen or not all(type(seed) is int and 0 <= seed < 2**32 for seed in chosen):
         raise SuiteError(f"{path}: seeds should be whole numbers from 0, at least one, got {chosen}")
     if len(set(chosen)) < len(chosen):
@@ -129,9 +146,24 @@ def read_suite(path: Path, only: Iterable[str] = (), seeds: Iterable[int] | None
         if name not in names:
             raise SuiteError(unknown("arm", name, names))
     wanted = [arm for arm in arms if not only or arm["name"] in set(only)]
-    cells = tuple(_cell(arm, seed, data, path) for seed in chosen for arm in wanted)
+    cells = tuple(_cell(arm, seed, content, path) for seed in chosen for arm in wanted)
     kernels = tuple(problem for problem in problems if not only or problem.arm in set(only))
-    return Suite(path.stem, data.get("description", ""), cells, tuple(names), kernels)
+    return Suite(path.stem, content.get("description", ""), cells, tuple(names), kernels)
+
+
+def _replace(content: dict[str, Any], model: str | None, data: str | None, heldout: str | None) -> None:
+    """Puts what a command names in the place of what a suite does; its paths start where the command is run."""
+    if heldout and not data:
+        raise SuiteError("other held-out data needs other data beside it: pass --data too")
+    if model:
+        content["model"] = _here(model)
+    for section in ("train", "calibration") if data else ():
+        own = {key: value for key, value in content.get(section, {}).items() if key != "heldout"}
+        content[section] = own | {"data": _here(str(data))} | ({"heldout": _here(heldout)} if heldout else {})
+
+
+def _here(name: str) -> str:
+    return str(Path(name).resolve()) if name.startswith(("./", "../")) else name
 
 
 class Asked(NamedTuple):
@@ -177,10 +209,20 @@ def _problems(tables: Any, where: str) -> tuple[KernelProblem, ...]:
     )
 
 
-def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path) -> Cell:
+def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path, later: tuple[str, ...] = ()) -> Cell:
+    """The cell of an arm; `later` names those that start after it."""
     here = f"{path}, arm '{arm['name']}'"
     spec_fields = {entry.name for entry in dataclasses.fields(KANSpec)} - {"seed"}
-    _refuse_unknown(arm, {"name", *spec_fields, *SECTIONS}, here)
+    _refuse_unknown(arm, {"name", "after", "dtype", *spec_fields, *SECTIONS}, here)
+    dtype = arm.get("dtype", suite.get("dtype", ""))
+    if dtype and dtype not in DTYPES:
+        raise SuiteError(f"{here}: {unknown('dtype', str(dtype), DTYPES)}")
+    after = None
+    if "after" in arm:
+        others = {each["name"]: each for each in suite["arm"] if each["name"] not in (*later, arm["name"])}
+        if arm["after"] not in others:
+            raise SuiteError(f"{here}: {unknown('arm to start after', str(arm['after']), others)}")
+        after = _cell(others[arm["after"]], seed, suite, path, (*later, arm["name"]))
     for name in SECTIONS:
         _check_like(arm, name, {}, here)
     spec = match = None
@@ -190,15 +232,13 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path) -> 
             match = _matched(arm, seed, suite, here)
     elif extra := spec_fields & set(arm):
         raise SuiteError(f"{here}: has {', '.join(sorted(extra))} but no basis, so nothing would be replaced")
-    settings = {
-        name: _settings(kind, {**suite.get(name, {}), **arm.get(name, {})}, f"{here}, [{name}]")
-        for name, kind in SECTIONS.items()
-    }
-    train, questions = settings["train"], settings["eval"]
+    given = {name: {**suite.get(name, {}), **arm.get(name, {})} for name in SECTIONS}
+    evals = _evals(given.pop("eval"), f"{here}, [eval]", path)
+    settings = {name: _settings(SECTIONS[name], values, f"{here}, [{name}]") for name, values in given.items()}
+    train = settings["train"]
     settings["train"] = dataclasses.replace(
         train, seed=seed, data=_beside(path, train.data), heldout=train.heldout and _beside(path, train.heldout)
     )
-    settings["eval"] = dataclasses.replace(questions, source=questions.source and _beside(path, questions.source))
     kept = settings["cut"]
     settings["cut"] = dataclasses.replace(kept, data=kept.data and _beside(path, kept.data))
     text = settings["calibration"]
@@ -206,7 +246,28 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path) -> 
         text, data=_beside(path, text.data), heldout=text.heldout and _beside(path, text.heldout)
     )
     stages = tuple(suite.get("stages", STAGES))
-    return Cell(arm["name"], seed, _beside(path, suite.get("model", "bundled")), spec, match, stages, **settings)
+    return Cell(
+        arm["name"],
+        seed,
+        _beside(path, suite.get("model", "bundled")),
+        spec,
+        match,
+        stages,
+        evals=evals,
+        **settings,
+        after=after,
+        dtype=dtype,
+    )
+
+
+def _evals(values: dict[str, Any], where: str, path: Path) -> tuple[EvalSettings, ...]:
+    """One for each protocol that is named."""
+    named = values.get("protocol", EvalSettings.protocol)
+    protocols = named if isinstance(named, list) else [named]
+    if not protocols or len({str(each) for each in protocols}) < len(protocols):
+        raise SuiteError(f"{where}: protocol should name one or several, each once, got {named}")
+    found = [_settings(EvalSettings, values | {"protocol": each}, where) for each in protocols]
+    return tuple(dataclasses.replace(each, source=each.source and _beside(path, each.source)) for each in found)
 
 
 def _spec(arm: dict[str, Any], seed: int, suite: dict[str, Any], here: str) -> KANSpec:
@@ -241,7 +302,8 @@ def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
     for key, value in values.items():
         wanted = typing.get_args(types[key]) if isinstance(types[key], types_module.UnionType) else (types[key],)
         plain = tuple(typing.get_origin(each) or each for each in wanted)
-        if isinstance(value, bool) or not (isinstance(value, plain) or (float in plain and isinstance(value, int))):
+        number = isinstance(value, int) and float in plain
+        if not (bool in plain if isinstance(value, bool) else isinstance(value, plain) or number):
             names = " or ".join(each.__name__ for each in plain if each is not type(None))
             raise SuiteError(f"{where}: {key} should be of type {names}, got {value!r}")
     return kind(**values)

@@ -1,13 +1,13 @@
 """How long whole protocols take, after loading, and how often a reply depends on what is asked beside it.
 
 Run it: python tests/benchmark_bbh.py [--data FOLDER] [--protocols leaderboard chat cot-fewshot] [--limit N]
-        [--batch-size 256] [--max-new-tokens 512] [--seconds 300] [--invariance 4] [--out FILE]
+        [--batch-size N] [--max-new-tokens 512] [--seconds 300] [--invariance 8] [--out FILE]
 
 FOLDER is the BIG-Bench-Hard repository. Seconds begin with the model on its device and hold all else: prompts, tokens,
 recording of steps, samples written to the disk. `--max-new-tokens` is for protocols whose own limit is above it: 512 is
 what cot-fewshot is measured with here, its own being 1,024. A protocol that takes longer than `--seconds` is stopped,
 and its line says how many questions it came to. Then the same questions are asked in batches of one and of 64, and so
-many replies differ; with `--invariance 0` they are not.
+many replies differ, outside the batch-invariant mode and in it; with `--invariance 0` they are not.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="at most; 0 for each protocol's own")
     parser.add_argument("--seconds", type=float, default=300.0, help="after which a protocol is stopped")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each protocol; the first one warms up")
-    parser.add_argument("--invariance", type=int, default=4, help="questions a task that are asked alone and by 64")
-    parser.add_argument("--invariance-protocol", default="cot-fewshot")
+    parser.add_argument("--invariance", type=int, default=8, help="questions a task that are asked alone and by 64")
+    parser.add_argument("--invariance-protocol", default="chat")
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--out", type=Path, help="JSON to write")
     given = parser.parse_args()

@@ -31,7 +31,8 @@ import torch
 from kallm_bench.bbh import plain
 from kallm_bench.bbh.decoding import Decoder, Room, grain_of
 from kallm_bench.bbh.generation import Reply, generate
-from kallm_bench.bbh.prompts import Prompt
+from kallm_bench.bbh.prompts import Prompt, build_prompts
+from kallm_bench.bbh.protocols import PROTOCOLS
 from kallm_bench.bbh.questions import load_questions
 from kallm_bench.bbh.shapes import kernels_fit, layers_of
 from kallm_bench.bbh.stops import Ending
@@ -42,12 +43,8 @@ Tokens = dict[int, tuple[int, ...]]
 
 
 def few_shot_prompts(folder: Path, tasks: list[str], questions: int, new: int) -> list[Prompt]:
-    found = []
-    for q in load_questions(str(folder), tasks=tasks, limit=questions).questions:
-        text = (folder / "cot-prompts" / f"{q.task}.txt").read_text().partition("-----\n")[2]
-        asked = f"Q: {q.text}\nA: Let's think step by step.\n"
-        found.append(Prompt(q.task, q.index, f"{text}\n\n", asked, stops=("</s>", "Q", "\n\n"), max_new_tokens=new))
-    return found
+    protocol = PROTOCOLS["cot-fewshot"]
+    return build_prompts(load_questions(str(folder), tasks, questions), protocol, None, "lm-eval", new)
 
 
 def by_engine(model: Any, tokenizer: Any, prompts: list[Prompt], batch: int, invariant: bool) -> tuple[float, Tokens]:

@@ -61,8 +61,8 @@ class Parity:
     verdicts_differ: int
     score: float
     lm_eval_score: float
-    error: float
-    lm_eval_error: float
+    error: float | None
+    lm_eval_error: float | None
     seconds: float
     lm_eval_seconds: float
 
@@ -130,7 +130,7 @@ def _compared(
     found = {metric.name: metric.value for metric in score_as_lm_eval(samples, False)}
     return Parity(
         settings.protocol, len(samples), apart=apart, score=found["question_accuracy"] or 0.0,
-        lm_eval_score=theirs["score"], error=found.get("question_accuracy_error") or 0.0, lm_eval_error=theirs["error"],
+        lm_eval_score=theirs["score"], error=found.get("question_accuracy_error"), lm_eval_error=theirs["error"],
         seconds=seconds, lm_eval_seconds=theirs["processor_seconds"], **counts,
     )  # fmt: skip
 
@@ -159,7 +159,10 @@ def main() -> None:
             )
         row = dataclasses.asdict(rows[-1])
         print(
-            ", ".join(f"{name} {value:.4g}" if name != "protocol" else value for name, value in row.items()), flush=True
+            ", ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+            ),
+            flush=True,
         )
         if given.out:
             given.out.write_text(json.dumps([dataclasses.asdict(each) for each in rows], indent=1))

@@ -85,9 +85,10 @@ def main() -> None:
                 for task, each in results["samples"].items()
             }
             whole = results["groups"][name]
+            error = whole[f"{metric}_stderr,{kind}"]  # "N/A" where a task has a single question
             found[protocol] = {
                 "score": float(whole[figure]),
-                "error": float(whole[f"{metric}_stderr,{kind}"]),
+                "error": None if error == "N/A" else float(error),
                 "seconds": time.perf_counter() - before[0],
                 "processor_seconds": time.process_time() - before[1],
                 "samples": samples,

@@ -234,3 +234,39 @@ def test_what_the_reading_of_a_reply_is_based_on_is_in_the_samples(home: Path, k
         question = questions[sample["task"], sample["index"]]
         read = read_reply(PROTOCOLS["zeroshot"], "fixed", question, sample["completion"])
         assert (sample["extracted"], sample["correct"]) == read
+
+
+SUITE = """
+model = "./model"
+stages = ["eval-bbh"]
+seeds = [0]
+
+[eval]
+source = "./data"
+tasks = ["navigate", "web_of_lies"]
+limit = 3
+max_new_tokens = 2
+
+[[arm]]
+name = "likelihoods"
+eval.protocol = "leaderboard"
+
+[[arm]]
+name = "replies"
+eval.protocol = "fewshot"
+eval.batch_invariant = true
+"""
+
+
+def test_a_suite_asks_by_any_protocol(home: Path, kallm: Run) -> None:
+    (home / "asked.toml").write_text(SUITE)
+    code, _, err = kallm("run", "asked.toml")
+    assert code == 0, err
+    found = {record.arm: record for record in ResultsStore(home / "results").records()}
+    assert found["likelihoods"].settings["protocol"] == "leaderboard"
+    assert found["likelihoods"].value("target_loglikelihood") is not None
+    assert found["replies"].settings["batch_invariant"] is True
+    (home / "asked.toml").write_text(SUITE.replace('"web_of_lies"', '"word_sorting"'))
+    code, _, err = kallm("run", "asked.toml")
+    assert code == 1
+    assert "word_sorting' has no fixed answers to compare" in " ".join(err.split())

@@ -25,7 +25,8 @@ from kallm_bench.bbh.attention import UnsupportedError
 from kallm_bench.bbh.comparison import check
 from kallm_bench.bbh.decoding import CPU_GRAIN, GRAINS, Decoder
 from kallm_bench.bbh.generation import Reply, generate
-from kallm_bench.bbh.prompts import Prompt
+from kallm_bench.bbh.prompts import Prompt, build_prompts
+from kallm_bench.bbh.protocols import PROTOCOLS
 from kallm_bench.bbh.questions import load_questions
 from kallm_bench.bbh.shapes import layers_of, rows_that_fit
 from kallm_bench.bbh.stops import Ending, Suspects
@@ -482,11 +483,7 @@ def test_replies_of_the_bundled_model_to_real_questions(bundled: Any, shared_dat
     """Few-shot chains of thought: the same tokens as generate's, one prompt at a time, and in either mode."""
     model, tokenizer = bundled
     questions = load_questions(str(shared_data / "data/bbh"), tasks=["navigate", "object_counting", "snarks"], limit=4)
-    prompts = []
-    for q in questions.questions:
-        text = (shared_data / "data/bbh/cot-prompts" / f"{q.task}.txt").read_text().partition("-----\n")[2]
-        asked = f"Q: {q.text}\nA: Let's think step by step.\n"
-        prompts.append(Prompt(q.task, q.index, f"{text}\n\n", asked, stops=("</s>", "Q", "\n\n"), max_new_tokens=48))
+    prompts = build_prompts(questions, PROTOCOLS["cot-fewshot"], None, "lm-eval", 48)
     expected = by_generate(model, tokenizer, prompts)
     for settings in ({"batch_size": 8}, {"batch_size": 8, "batch_invariant": True}, {"batch_size": 2}):
         replies = ask(model, tokenizer, prompts, **settings)

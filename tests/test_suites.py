@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from kallm_bench import engine
-from kallm_bench.errors import KallmError, ModelError, SuiteError
+from kallm_bench.engine import cells
+from kallm_bench.engine.training import train_model
+from kallm_bench.errors import Interrupted, KallmError, ModelError, SuiteError, TrainingError
 from kallm_bench.filing import Bench, find_ref
 from kallm_bench.models import KANSpec, complete_spec, load_model, parameters_of, retrofit, save_checkpoint
 from kallm_bench.records import ResultsStore
@@ -49,8 +52,41 @@ def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) 
     assert suite.cells[3].train.seed == 1
     train = suite.cells[3].train
     assert (train.schedule, train.betas, train.new_learning_rate) == ("wsd", (0.9, 0.95), 1e-3)
-    assert suite.cells[0].eval.tasks == ("snarks",)
+    assert [each.tasks for each in suite.cells[0].evals] == [("snarks",)]
     assert [cell.seed for cell in read_suite(path, only=["kan"], seeds=[7]).cells] == [7]
+
+
+def test_questions_can_be_asked_by_several_protocols(tmp_path: Path) -> None:
+    path = tmp_path / "try.toml"
+    path.write_text(
+        '[eval]\nprotocol = ["chat", "leaderboard"]\nlimit = 3\n[[arm]]\nname = "a"\n'
+        '[[arm]]\nname = "b"\neval.protocol = "zeroshot"\n'
+    )
+    first, second = read_suite(path).cells
+    assert [(each.protocol, each.limit) for each in first.evals] == [("chat", 3), ("leaderboard", 3)]
+    assert [(each.protocol, each.limit) for each in second.evals] == [("zeroshot", 3)]
+
+
+def test_model_and_data_are_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "suites").mkdir()
+    path = tmp_path / "suites" / "try.toml"
+    path.write_text(
+        'model = "./model"\n[train]\ndata = "./a.jsonl"\nheldout = "./b.jsonl"\ntokens = 99999\n'
+        '[calibration]\nheldout = "./b.jsonl"\n[[arm]]\nname = "one"\n[[arm]]\nname = "own"\ntrain.data = "./c.jsonl"\n'
+    )
+    own = read_suite(path).cells[0]
+    assert (own.model, own.train.data, own.train.heldout) == tuple(
+        str(tmp_path / "suites" / name) for name in ("model", "a.jsonl", "b.jsonl")
+    )
+    one, other = read_suite(path, model="some/model", data="./x.jsonl", heldout="some/data").cells
+    assert one.model == "some/model"
+    assert (one.train.data, one.train.heldout, one.train.tokens) == (str(tmp_path / "x.jsonl"), "some/data", 99999)
+    assert (one.calibration.data, one.calibration.heldout) == (str(tmp_path / "x.jsonl"), "some/data")
+    assert other.train.data == str(tmp_path / "suites" / "c.jsonl")
+    assert read_suite(path, data="some/data").cells[0].train.heldout is None
+    with pytest.raises(SuiteError, match="pass --data too"):
+        read_suite(path, heldout="some/data")
 
 
 KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
@@ -94,6 +130,13 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('seeds = []\n[[arm]]\nname = "a"\n', "at least one"),
         ('seeds = [1, 1]\n[[arm]]\nname = "a"\n', "stands twice"),
         ('[[arm]]\nname = "a"\nblocks = "1"\n', "has blocks but no basis"),
+        ('eval.protocol = []\n[[arm]]\nname = "a"\n', "one or several, each once"),
+        ('eval.protocol = ["chat", "chat"]\n[[arm]]\nname = "a"\n', "one or several, each once"),
+        ('eval.protocol = ["chat", 3]\n[[arm]]\nname = "a"\n', "protocol should be of type str"),
+        ('dtype = "fp16"\n[[arm]]\nname = "a"\n', "no dtype 'fp16'"),
+        ('dtype = 16\n[[arm]]\nname = "a"\n', "dtype should be like"),
+        ('[[arm]]\nname = "one"\n[[arm]]\nname = "b"\nafter = "ones"\n', "Did you mean 'one'"),
+        ('[[arm]]\nname = "a"\nafter = "b"\n[[arm]]\nname = "b"\nafter = "a"\n', "no arm to start after 'a'"),
         ("kernels = 3\n", r"kernels should be tables, \[\[kernels\]\]"),
         ("[[kernels]]\nshape = [[4, 4]]\n", "Did you mean 'shapes'"),
         ('[[kernels]]\nshapes = "4x4"\n', "shapes should be of type tuple"),
@@ -225,6 +268,99 @@ def test_what_an_arm_cannot_be_taught_is_refused_before_the_first_stage(
     with pytest.raises(KallmError, match=says):
         engine.run_suite(bench, read_suite(tmp_path / "wrong.toml"))
     assert not bench.store.records()
+
+
+SWAP = """
+[[arm]]
+name = "swapped"
+after = "kan"
+basis = "legendre"
+degree = 3
+blocks = "2-3"
+distillation.weight = 0.5
+[[arm]]
+name = "longer"
+after = "swapped"
+"""
+
+
+def test_an_arm_goes_on_from_where_another_one_ended(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "swap.toml").write_text(TAUGHT + SWAP)
+    alone = engine.run_suite(bench, read_suite(tmp_path / "swap.toml", only=["longer"]))
+    assert not alone.failures
+    assert {record.arm for record in alone.records} == {"longer"}
+    ran = engine.run_suite(bench, read_suite(tmp_path / "swap.toml", only=["kan", "swapped", "longer"]))
+    stages = {(record.arm, record.stage): record for record in ran.records}
+    assert stages.keys() == {*itertools.product(["kan", "swapped"], ["retrofit", "train"]), ("longer", "train")}
+    assert len(bench.store.records()) == len(stages)  # those before an arm are run for it, and once
+    kan, swapped, longer = (stages[arm, "train"] for arm in ("kan", "swapped", "longer"))
+    assert stages["swapped", "retrofit"].settings["spec"]["start"] == "convert"
+    assert swapped.settings["base"] == find_ref(str(tmp_path / "base")).fingerprint
+    # polynomials of degree 3 in another basis are the same functions, and so each begins where the other ended
+    for before, after in ((kan, swapped), (swapped, longer)):
+        assert after.value("heldout_loss_before") == pytest.approx(before.value("heldout_loss"), abs=1e-4)
+    assert len({record.value("heldout_loss") for record in (kan, swapped, longer)}) == 3
+
+
+def test_arms_compute_in_the_dtypes_they_name(bench: Bench, tmp_path: Path) -> None:
+    plain = TAUGHT[: TAUGHT.index('[[arm]]\nname = "kan+curriculum"')]
+    (tmp_path / "dtypes.toml").write_text(f'{plain}[[arm]]\nname = "half"\n{KAN[8:]}dtype = "bfloat16"\n')
+    suite = read_suite(tmp_path / "dtypes.toml")
+    assert [cell.dtype for cell in suite.cells] == ["", "bfloat16"]
+    ran = engine.run_suite(bench, suite)
+    assert not ran.failures
+    trained = [record for record in ran.records if record.stage == "train"]
+    assert [record.settings["dtype"] for record in trained] == ["float32", "bfloat16"]
+    assert [forecast.trouble for forecast in engine.foresee_suite(bench, suite)] == ["", ""]
+    over = [cell.dtype for cell in read_suite(_said(tmp_path, "float16"), only=["kan"]).cells]
+    assert over == ["float16"]
+
+
+def _said(folder: Path, dtype: str) -> Path:
+    path = folder / "said.toml"
+    path.write_text(f'dtype = "{dtype}"\n{TAUGHT}')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (TrainingError("the loss is infinite"), "the loss is infinite"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory; a smaller --batch-size"),
+        (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero (test_suites.py, line "),
+    ],
+    ids=["foreseen", "memory", "bug"],
+)
+def test_a_cell_that_fails_leaves_the_others_alone(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
+    (tmp_path / "three.toml").write_text(TAUGHT)
+    arms = iter(["kan", "kan+curriculum", "kan+all"])
+
+    def train(*arguments: Any, **named: Any) -> Any:
+        if next(arms) == "kan+curriculum":
+            raise error
+        return train_model(*arguments, **named)
+
+    monkeypatch.setattr(cells, "train_model", train)
+    ran = engine.run_suite(bench, read_suite(tmp_path / "three.toml"))
+    assert [record.arm for record in ran.records if record.stage == "train"] == ["kan", "kan+all"]
+    assert list(ran.failures) == ["kan+curriculum, seed 0"]
+    assert says in ran.failures["kan+curriculum, seed 0"]
+
+
+@pytest.mark.parametrize("stop", [Interrupted(15, "told to"), KeyboardInterrupt()], ids=["told", "at once"])
+def test_a_stop_stops_the_suite(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    (tmp_path / "three.toml").write_text(TAUGHT)
+
+    def train(*arguments: Any, **named: Any) -> Any:
+        raise stop
+
+    monkeypatch.setattr(cells, "train_model", train)
+    with pytest.raises(type(stop)):
+        engine.run_suite(bench, read_suite(tmp_path / "three.toml"))
 
 
 def test_a_retrofitted_model_that_does_not_know_its_origin_is_no_teacher_of_its_own(

@@ -27,7 +27,16 @@ from kallm_bench.profiling import describe_run, heldout_curve
 from kallm_bench.profiling.flops import training_flops
 from kallm_bench.progress import nobody
 from kallm_bench.records import Metric, ResultsStore, RunRecord
-from kallm_bench.training import ALONE, TrainResult, TrainSettings, check_trackers, prepare, trackers, train
+from kallm_bench.training import (
+    ALONE,
+    TrainResult,
+    TrainSettings,
+    apply_scope,
+    check_trackers,
+    prepare,
+    trackers,
+    train,
+)
 
 SETTINGS = TrainSettings(tokens=8 * 64, row_length=32, rows_per_step=2, heldout_rows=4, heldout_every=3)
 
@@ -355,6 +364,16 @@ def test_a_table_of_many_arms_is_readable_on_any_terminal(width: int, monkeypatc
     assert all(f" {cell.arm} " in shown for cell in cells)
     assert shown.count(" 2 h ") == 12
     assert max(map(len, shown.splitlines())) <= width
+
+
+@pytest.mark.parametrize("rank", [2, 8])
+def test_what_adapters_would_learn_is_foreseen(tiny_llama: Any, tmp_path: Path, rank: int) -> None:
+    settings = TrainSettings(tokens=256, row_length=32, rows_per_step=2, scope="lora", lora_rank=rank)
+    model = tiny_llama()
+    wanted = Wanted("s", "a", model.config, None, settings, torch.device("cpu"), torch.float32, 2)
+    assert foresee(wanted, []).trainable_parameters == sum(
+        each.numel() for each in apply_scope(model, "lora", lora=settings.lora)
+    )
 
 
 def test_trying_moves_no_weight(tiny_llama: Any, rows: Any) -> None:

@@ -152,13 +152,13 @@ def ask(
     known = unfinished.read() if processes.first else {}
     done = {(task, index) for task, index in processes.tell(sorted(known))}
     told = _Told(watch, len(done), len(exam.prompts), sum(sample["correct"] for sample in known.values()))
-    unfinished.append([], processes.number)  # a disk that refuses is known before the work
     way = _likelihoods if exam.protocol.compared else _replies
     found = []
-    for sample in way(model, tokenizer, exam, done, batch_size, processes, told):
-        unfinished.append([sample], processes.number)
-        told.add(sample)
-        found.append(sample)
+    with unfinished.writing(processes.number) as keep:
+        for sample in way(model, tokenizer, exam, done, batch_size, processes, told):
+            keep(sample)
+            told.add(sample)
+            found.append(sample)
     samples = known | {key_of(sample): sample for each in processes.gather(found) for sample in each}
     return [samples[question.task, question.index] for question in exam.questions.questions] if processes.first else []
 

@@ -14,24 +14,6 @@ from kallm_bench.bbh.stops import Ending
 
 
 @torch.inference_mode()
-def answer(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> tuple[list[str], int]:
-    """Greedy continuations of a batch of prompts.
-
-    Args:
-        prompts: token ids of each; padded on the left to the longest.
-        max_new_tokens: where a continuation is cut, if no end-of-turn token comes first.
-
-    Returns:
-        The continuations as text without special tokens, and how many tokens went through the model, padding included.
-    """
-    new, fed = _generate(model, tokenizer, prompts, max_new_tokens)
-    forwarded = fed + len(prompts) * max(0, new.shape[1] - 1)  # the last token is never fed back
-    return tokenizer.batch_decode(new, skip_special_tokens=True), forwarded
-
-
-@torch.inference_mode()
 def replies(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], endings: Sequence[Ending]
 ) -> list[tuple[list[int], str]]:
@@ -41,12 +23,20 @@ def replies(
         prompts: token ids of each; padded on the left to the longest.
     """
     longest = max(map(len, prompts))
-    most = max(ending.most for ending in endings)
-    criteria = StoppingCriteriaList([_Endings(tokenizer, endings, longest)])
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([[padding] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     with _plainly_greedy(model):
-        new, _ = _generate(model, tokenizer, prompts, most, criteria)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max(ending.most for ending in endings),
+            do_sample=False,
+            pad_token_id=padding,
+            stopping_criteria=StoppingCriteriaList([_Endings(tokenizer, endings, longest)]),
+        )
     found = []
-    for tokens, ending in zip(new.tolist(), endings, strict=True):
+    for tokens, ending in zip(output[:, longest:].tolist(), endings, strict=True):
         count, why = ending.find(tokenizer, tokens, 0) or (len(tokens), "length")
         found.append((tokens[:count], why))
     return found
@@ -76,26 +66,3 @@ def _plainly_greedy(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = shipped
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    criteria: StoppingCriteriaList | None = None,
-) -> tuple[Tensor, int]:
-    """(B, new tokens) and how many tokens the padded prompts have."""
-    longest = max(map(len, prompts))
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[padding] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=padding,
-        stopping_criteria=criteria,
-    )
-    return output[:, longest:], ids.numel()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,21 @@ class Unfinished:
             found |= {key_of(sample): sample for _, sample in samples}
         return found
 
-    def append(self, samples: Iterable[Sample], process: int = 0) -> None:
-        """Adds samples to a process's file, in one piece."""
+    @contextmanager
+    def writing(self, process: int = 0) -> Iterator[Callable[[Sample], None]]:
+        """Inside, what is yielded adds a sample to a process's file. DiskError, before any work, where that refuses."""
         path = self.path if process == 0 else self.path.with_suffix(f".{process}{self.path.suffix}")
         with explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+            file = path.open("a", encoding="utf-8")
+
+        def add(sample: Sample) -> None:
+            with explained(path):
+                file.write(json.dumps(sample, ensure_ascii=False) + "\n")
+                file.flush()
+
+        with file:
+            yield add
 
     def remove(self, only_empty: bool = False) -> None:
         """Removes the files, or those without a sample."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,11 @@ def run(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="A TOML file, or the name of a shipped suite.")],
     only: Annotated[str, typer.Option(help="Arms to run, with commas; all if left out.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds in place of the suite's: 0,1,2.")] = "",
+    model: Annotated[str | None, typer.Option(help="Model in place of the suite's: hub id, folder or .gguf.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data in place of the suite's: hub id or file.")] = None,
+    heldout: Annotated[
+        str | None, typer.Option(help="Held-out data beside --data; a part of that if left out.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the cells, with what they will take, and stop.")
     ] = False,
@@ -44,20 +50,26 @@ def run(
     """Run every arm and seed of a suite, skip what is done, and end in its report.
 
     kallm run quickstart
+
+    kallm run osre25 --model HuggingFaceTB/SmolLM2-135M --data HuggingFaceTB/smol-smoltalk
     """
     from kallm_bench import engine
     from kallm_bench.budget import Room
     from kallm_bench.suites import find_suite, read_suite
 
     arms = read_names(only, "--only") if only else []
-    read = read_suite(find_suite(suite), arms, read_numbers(seeds) if seeds else None)
+    read = read_suite(find_suite(suite), arms, read_numbers(seeds) if seeds else None, model, data, heldout)
+    if dtype != "auto" and any(cell.dtype for cell in read.cells):
+        raise typer.BadParameter("this suite says itself what its arms compute in", param_hint="--dtype")
     if dry_run:
         bench = make_bench(results, console.Display(silent=True), device, dtype, batch_size, dry=True)
         console.show_cells(engine.foresee_suite(bench, read), Room.of(bench.device, bench.runs), as_json)
         return
+    other = {"--model": model, "--data": data, "--heldout": heldout}
+    named = shlex.join([suite, *(word for option, value in other.items() if value for word in (option, value))])
     with console.Display(engine.plan_of(read)) as display:
         bench = make_bench(
-            results, display, device, dtype, batch_size, suite_file=suite, prefix_cache=prefix_cache,
+            results, display, device, dtype, batch_size, suite_file=named, prefix_cache=prefix_cache,
             trackers=read_trackers(track),
         )  # fmt: skip
         records, failures = engine.run_suite(bench, read, begin=display.begin)

@@ -29,6 +29,7 @@ from kallm_bench.models import (
     skeleton_of,
     specs_of,
 )
+from kallm_bench.profiling import find_dtype
 from kallm_bench.records import RunRecord
 from kallm_bench.suites import Cell
 from kallm_bench.training import check_scope, find_texts, make_curriculum, tokenizer_fingerprint
@@ -40,12 +41,34 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     The weights between retrofit and training may be gone once training is done; trained weights that are gone are
     trained again.
     """
-    bench = dataclasses.replace(bench, arm=cell.arm, seed=cell.seed)
-    ref = find_ref(cell.model)
-    records = []
+    bench = bench_of(bench, cell)
+    records, ref, _ = _learned(bench, cell, begin)
+    if "eval-bbh" in cell.stages:
+        begin(part_of(cell, "eval-bbh"))
+        records += [eval_bbh(bench, ref, each) for each in cell.evals]
+    if "profile" in cell.stages:
+        begin(part_of(cell, "profile"))
+        records.append(profile(bench, ref, cell.profile))
+    return records
+
+
+def bench_of(bench: Bench, cell: Cell) -> Bench:
+    """Where a cell is run: the suite's place, in its own dtype if it has one."""
+    dtype = find_dtype(cell.dtype, bench.device) if cell.dtype else bench.dtype
+    return dataclasses.replace(bench, arm=cell.arm, seed=cell.seed, dtype=dtype)
+
+
+def _learned(
+    bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None
+) -> tuple[list[RunRecord], ModelRef, ModelRef]:
+    """The records of retrofit and training, the model that they left, and the one that nothing was replaced in."""
+    records: list[RunRecord] = []
     begin(part_of(cell, "retrofit"))
-    if cell.cut.cuts:
-        ref = _cut_ref(bench, ref, cell.cut)
+    if cell.after:
+        _, ref, untouched = _learned(bench_of(bench, cell.after), cell.after)
+    else:
+        ref = find_ref(cell.model)
+        untouched = ref = _cut_ref(bench, ref, cell.cut) if cell.cut.cuts else ref
     start = ref
     if (wanted := spec_of(cell, ref)) is not None:
         spec, text = wanted, _calibration_of(cell)
@@ -53,15 +76,9 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
         ref = ref_after(records[-1], start, remake=lambda: retrofit(bench, start, spec, calibration=text))
     if "train" in cell.stages:
         begin(part_of(cell, "train"))
-        records.append(train_model(bench, ref, cell.train, lessons=_lessons_of(cell, start)))
+        records.append(train_model(bench, ref, cell.train, lessons=_lessons_of(cell, start, untouched)))
         ref = ref_after(records[-1], ref)
-    if "eval-bbh" in cell.stages:
-        begin(part_of(cell, "eval-bbh"))
-        records.append(eval_bbh(bench, ref, cell.eval))
-    if "profile" in cell.stages:
-        begin(part_of(cell, "profile"))
-        records.append(profile(bench, ref, cell.profile))
-    return records
+    return records, ref, untouched
 
 
 def _cut_ref(bench: Bench, ref: ModelRef, settings: CutSettings) -> ModelRef:
@@ -84,15 +101,31 @@ def spec_of(cell: Cell, ref: ModelRef, config: PreTrainedConfig | None = None) -
     return dataclasses.replace(cell.spec, params=parameters_of(config, complete_spec(config, cell.match)))
 
 
-def _lessons_of(cell: Cell, ref: ModelRef) -> Lessons:
-    """Of a cell whose model is `ref`."""
-    return Lessons(cell.curriculum, cell.distillation, ref if cell.cut.cuts else None).of(ref)
+def _lessons_of(cell: Cell, ref: ModelRef, untouched: ModelRef) -> Lessons:
+    """Of a cell that starts from `ref`."""
+    return Lessons(cell.curriculum, cell.distillation, untouched if cell.cut.cuts or cell.after else None).of(ref)
 
 
 def config_of(cell: Cell, ref: ModelRef) -> PreTrainedConfig:
-    """Of the model that a cell replaces parts of, which `ref` opens before it is cut."""
+    """Of the model that a cell replaces parts of, which `ref` opens before it is cut and before other arms are."""
+    if cell.after:
+        config = config_of(cell.after, ref)
+        return _noting(config, spec_of(cell.after, ref, config))
+    return _untouched_config(cell, ref)
+
+
+def _untouched_config(cell: Cell, ref: ModelRef) -> PreTrainedConfig:
     config = load_config(ref.open())
     return cut_config(config, cell.cut.blocks) if cell.cut.cuts else config
+
+
+def _noting(config: PreTrainedConfig, spec: KANSpec | None) -> PreTrainedConfig:
+    """The configuration of a model after another retrofit."""
+    if spec is None:
+        return config
+    config = copy.deepcopy(config)
+    config.kallm = [*(getattr(config, "kallm", None) or []), complete_spec(config, spec).to_json()]
+    return config
 
 
 def _calibration_of(cell: Cell) -> CalibrationSettings | None:
@@ -112,7 +145,7 @@ def check_cell(cell: Cell) -> None:
     replaced = bool(cell.spec or specs_of(config))
     if cell.train.steps and "train" in cell.stages:
         check_scope(cell.train.scope, replaced=replaced, tail_from=cell.train.tail_from)
-        lessons = _lessons_of(cell, ref)
+        lessons = _lessons_of(cell, ref, ref)
         lessons.check(cell.train)
         _check_lessons(cell, lessons, config, spec)
     if cell.profile.scope != "none" and "profile" in cell.stages:
@@ -122,18 +155,16 @@ def check_cell(cell: Cell) -> None:
     if "train" in cell.stages:
         data_of(cell.train)
     if "eval-bbh" in cell.stages:
-        prepare(cell.eval, tokenizer)
+        for each in cell.evals:
+            prepare(each, tokenizer)
 
 
 def _check_lessons(cell: Cell, lessons: Lessons, config: PreTrainedConfig, spec: KANSpec | None) -> None:
     """Asks a model without values whether it can have a cell's curriculum."""
     if not lessons.curriculum.active:
         return
-    config = copy.deepcopy(config)
-    if spec:
-        config.kallm = [*(getattr(config, "kallm", None) or []), spec.to_json()]
-    base = skeleton_of(config_of(cell, lessons.base)) if lessons.base else None
-    make_curriculum(skeleton_of(config), lessons.curriculum, cell.train, base)
+    base = skeleton_of(_untouched_config(cell, lessons.base)) if lessons.base else None
+    make_curriculum(skeleton_of(_noting(config, spec)), lessons.curriculum, cell.train, base)
 
 
 def part_of(cell: Cell, stage: str) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from kallm_bench.budget import Budget, Wanted, foresee
-from kallm_bench.engine.cells import config_of, spec_of
+from kallm_bench.engine.cells import bench_of, config_of, spec_of
 from kallm_bench.engine.training import ways_of
 from kallm_bench.errors import KallmError
 from kallm_bench.filing import Bench, find_ref
@@ -37,7 +37,7 @@ def foresee_suite(bench: Bench, suite: Suite) -> list[CellForecast]:
     cells = []
     for cell in suite.cells:
         what = f"{cell.spec.basis}, {cell.spec.start}, blocks {cell.spec.blocks}" if cell.spec else "nothing replaced"
-        asked = (cell.eval.source or "BIG-Bench Hard") if "eval-bbh" in cell.stages else ""
+        asked = (cell.evals[0].source or "BIG-Bench Hard") if "eval-bbh" in cell.stages else ""
         here = CellForecast(cell.arm, str(cell.seed), what, asked)
         if "train" in cell.stages:
             try:
@@ -49,7 +49,7 @@ def foresee_suite(bench: Bench, suite: Suite) -> list[CellForecast]:
 
 
 def _foresee_cell(bench: Bench, suite: str, cell: Cell, records: Sequence[RunRecord]) -> Budget:
-    ref = find_ref(cell.model)
+    bench, ref = bench_of(bench, cell), find_ref(cell.model)
     config = config_of(cell, ref)
     wanted = Wanted(
         suite, cell.arm, config, spec_of(cell, ref, config), cell.train, bench.device, bench.dtype,

@@ -36,6 +36,8 @@ def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
     with stage.claimed() if processes.first else nullcontext() as done:
         if not processes.tell(done is not None):
             done = _ask(bench, ref, stage, exam, tokenizer)
+        if processes.first:  # also where a run was killed between filing the samples and this
+            _unfinished(stage).remove()
         told = processes.tell(done.to_json() if done else None)
     return done or RunRecord.from_json(told)
 
@@ -51,7 +53,7 @@ def _ask(bench: Bench, ref: ModelRef, stage: Stage, exam: Exam, tokenizer: Any) 
     """The record, on the first process."""
     processes = bench.processes
     model, _ = load_model(ref.open(), bench.dtype, bench.device)
-    unfinished = Unfinished(bench.runs / "unfinished" / f"{stage.key}.jsonl")
+    unfinished = _unfinished(stage)
     try:
         samples = ask(
             model, tokenizer, exam, unfinished, batch_size=bench.batch_size, processes=processes, watch=bench.watch
@@ -65,8 +67,11 @@ def _ask(bench: Bench, ref: ModelRef, stage: Stage, exam: Exam, tokenizer: Any) 
     about = {"source": exam.questions.source, "fingerprint": exam.questions.fingerprint}
     record = stage.finish(metrics, data=about, model=model, samples=samples)
     describe_checkpoint(bench, ref.open().folder, model, record)
-    unfinished.remove()
     return record
+
+
+def _unfinished(stage: Stage) -> Unfinished:
+    return Unfinished(stage.bench.runs / "unfinished" / f"{stage.key}.jsonl")
 
 
 def write_prompts(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from kallm_bench.bbh.tasks import TASKS
 from kallm_bench.engine.cells import check_cell, part_of, run_cell
 from kallm_bench.engine.costs import profile_kernels
-from kallm_bench.errors import KallmError
+from kallm_bench.errors import Interrupted, KallmError
 from kallm_bench.files import check_writable
 from kallm_bench.filing import Bench
-from kallm_bench.profiling import KernelProblem
+from kallm_bench.profiling import KernelProblem, first_line, give_back
 from kallm_bench.records import RunRecord
 from kallm_bench.suites import Suite
 
@@ -25,7 +30,7 @@ class Ran(NamedTuple):
 
 
 def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda part: None) -> Ran:
-    """Runs every cell that is not done; one that fails does not stop the others.
+    """Runs every cell that is not done; one that fails, for whatever reason, does not stop the others.
 
     Raises:
         KallmError: some cell can never be, as check_cell says; then nothing is run.
@@ -40,17 +45,36 @@ def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda 
             raise type(error)(f"arm '{cell.arm}': {error}") from error
     ran = Ran([], {})
     for cell in suite.cells:
-        try:
+        with _apart(bench, ran, f"{cell.arm}, seed {cell.seed}"):
             ran.records.extend(run_cell(bench, cell, begin))
-        except KallmError as error:
-            ran.failures[f"{cell.arm}, seed {cell.seed}"] = str(error)
     for problem in suite.kernels:
         begin(problem.arm)
-        try:
+        with _apart(bench, ran, problem.arm):
             ran.records.append(profile_kernels(bench, problem))
-        except KallmError as error:
-            ran.failures[problem.arm] = str(error)
     return ran
+
+
+@contextmanager
+def _apart(bench: Bench, ran: Ran, name: str) -> Iterator[None]:
+    """Notes why what is inside failed, and goes on after it; a stop that was asked for is none."""
+    try:
+        yield
+        return
+    except Interrupted:
+        raise
+    except KallmError as error:
+        ran.failures[name] = str(error)
+    except Exception as error:  # a bug, a library, the machine: the other cells are worth as much as before
+        ran.failures[name] = _told(error)
+    give_back(bench.device)
+
+
+def _told(error: Exception) -> str:
+    """One line of an error that nobody foresaw, with where it came from."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out of memory; a smaller --batch-size, --hidden, --length or --row-length needs less"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{first_line(error)} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def plan_of(suite: Suite) -> dict[str, float]:
@@ -58,7 +82,7 @@ def plan_of(suite: Suite) -> dict[str, float]:
     plan = {}
     for cell in suite.cells:
         heldout = cell.train.heldout_rows * cell.train.row_length * (2 if cell.train.steps else 1)
-        questions = (cell.eval.limit or 250) * len(cell.eval.tasks or TASKS)
+        questions = sum((each.limit or 250) * len(each.tasks or TASKS) for each in cell.evals)
         shape = cell.profile.batch * cell.profile.length * (cell.profile.repeats + 1)
         work = {"retrofit": 1000, "train": 3 * cell.train.tokens + heldout, "eval-bbh": 600 * questions}
         work["profile"] = 10 * shape

@@ -1,15 +1,17 @@
 """What a model costs on the machine at hand."""
 
 from kallm_bench.profiling.flops import flops_per_token
-from kallm_bench.profiling.hardware import environment, find_device, find_dtype, identity
+from kallm_bench.profiling.hardware import DTYPES, environment, find_device, find_dtype, identity
 from kallm_bench.profiling.kernels import measure_kernels
 from kallm_bench.profiling.memory import peak_memory
 from kallm_bench.profiling.problems import KernelProblem, KernelSettings, problems_by_hand
+from kallm_bench.profiling.replays import first_line, give_back
 from kallm_bench.profiling.runs import describe_run, heldout_curve
 from kallm_bench.profiling.throughput import ProfileSettings, measure_inference
 from kallm_bench.profiling.training_step import measure_training
 
 __all__ = [
+    "DTYPES",
     "KernelProblem",
     "KernelSettings",
     "ProfileSettings",
@@ -17,7 +19,9 @@ __all__ = [
     "environment",
     "find_device",
     "find_dtype",
+    "first_line",
     "flops_per_token",
+    "give_back",
     "heldout_curve",
     "identity",
     "measure_inference",

@@ -153,6 +153,10 @@ class Forward:
                 self._stack.callback(setattr, block, "_compiled_call_impl", None)
             if self._packed and self.first and not self._changes:
                 self._graphs = {}
+                # recordings are made on streams of their own, which wait for one another; PyTorch warns of it each time
+                warn = torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch
+                warn(False)
+                self._stack.callback(warn, True)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kallm_bench.kan.kernels.tiles import Launch, cut, place
 
-FORWARD = Launch(chunks=64, warps=2, programs=2000 * 132)  # a tile each: whoever waits for one leaves room for others
+FORWARD = Launch(chunks=128, warps=4, programs=1000 * 132)  # a tile each: whoever waits for one leaves room for others
 BACKWARD = Launch(chunks=128, warps=4, programs=6 * 132)  # all at once on an H100, where 72 registers leave room for 7
 
 
@@ -173,13 +173,12 @@ def _forward(
     for tile in range(tl.program_id(1), tl.cdiv(M, ROWS), tl.num_programs(1)):
         row, column, lane, mask = place(tile * ROWS, first_chunk, M, CHUNKS, ROWS, BLOCK, CHUNK)
         offset = (row * CHUNKS + column) * CHUNK + lane  # [N]
-        x = tl.load(x_pointer + offset, mask=mask, other=0.0, eviction_policy="evict_first")
-        x = _by_chunk(x, ROWS, BLOCK, CHUNK)
+        x = _by_chunk(tl.load(x_pointer + offset, mask=mask, other=0.0), ROWS, BLOCK, CHUNK)
         z = tl.abs(x) if ABSOLUTE else x
         above, _ = _polynomial(x, a, P + 1)
         divisor, _ = _polynomial(z, b, Q)
         y = tl.reshape(above / (1.0 + tl.abs(z * divisor)), [ROWS * BLOCK * CHUNK])
-        tl.store(y_pointer + offset, y.to(y_pointer.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+        tl.store(y_pointer + offset, y.to(y_pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
