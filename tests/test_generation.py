@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import string
 from pathlib import Path
@@ -335,6 +336,31 @@ def test_places_of_beginnings_are_used_again(llama: Any, tokenizer: Any, monkeyp
     assert [(reply.tokens, reply.why) for reply in replies] == by_generate(llama, tokenizer, prompts)
     assert len(places) == 1 + 6
     assert set(places) == {0, 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_on_a_gpu_steps_are_recorded_and_attend_by_the_kernels(
+    llama: Any, tokenizer: Any, truth: Any, monkeypatch: pytest.MonkeyPatch, batch_invariant: bool
+) -> None:
+    """Each number of rows once; with the replies that a CPU gives."""
+    model = copy.deepcopy(llama).cuda()
+    recorded: list[tuple[bool, bool]] = []
+    record = Decoder._record
+
+    def spying(self: Decoder, rows: int) -> None:
+        record(self, rows)
+        recorded.append((self.fused, rows in self._graphs))
+
+    monkeypatch.setattr(Decoder, "_record", spying)
+    notes: list[str] = []
+    for batch_size in (None, 2, 9):
+        settings = {"batch_size": batch_size, "batch_invariant": batch_invariant}
+        replies = ask(model, tokenizer, some_prompts(), **settings, watch=lambda *all: notes.append(all[3]))
+        assert [(reply.tokens, reply.why) for reply in replies] == truth
+    assert all(note.endswith("tokens/s") for note in notes), notes
+    assert recorded == [(True, True)] * 3
 
 
 def test_rows_follow_from_memory_where_nobody_says(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,15 @@ def test_a_norm_is_as_exact_as_it_was(dtype: torch.dtype) -> None:
     assert (found - true).abs().max() <= 2 * (written - true).abs().max() + rounding
 
 
+def test_of_two_types_a_norm_stays_as_it_was() -> None:
+    norm, x = lively(LlamaRMSNorm(24)), ARGUMENTS.bfloat16()
+    expected = norm(x)
+    with norms_in_one(norm):
+        found = norm(x)
+    assert found.dtype == expected.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 class OtherRMSNorm(LlamaRMSNorm):
     """Adds something."""
 
