@@ -514,4 +514,4 @@ def test_replies_of_the_bundled_model_to_real_questions(bundled: Any, shared_dat
     for settings in ({"batch_size": 8}, {"batch_size": 8, "batch_invariant": True}, {"batch_size": 2}):
         replies = ask(model, tokenizer, prompts, **settings)
         assert [(reply.tokens, reply.why) for reply in replies] == expected
-    assert all(reply.shared_tokens > 500 for reply in replies)
+    assert all(reply.shared_tokens > 400 for reply in replies)
