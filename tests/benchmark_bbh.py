@@ -1,7 +1,7 @@
 """How long whole protocols take, after loading, and how often a reply depends on what is asked beside it.
 
 Run it: python tests/benchmark_bbh.py [--data FOLDER] [--protocols leaderboard chat cot-fewshot] [--limit N]
-        [--batch-size 256] [--max-new-tokens 512] [--seconds 300] [--invariance 8] [--out FILE]
+        [--batch-size N] [--max-new-tokens 512] [--seconds 300] [--invariance 8] [--out FILE]
 
 FOLDER is the BIG-Bench-Hard repository. Seconds begin with the model on its device and hold all else: prompts, tokens,
 recording of steps, samples written to the disk. `--max-new-tokens` is for protocols whose own limit is above it: 512 is
@@ -57,7 +57,7 @@ class Clock:
 
 
 def run(
-    model: Any, tokenizer: Any, settings: EvalSettings, batch: int, most: float, prepared: Exam | None = None
+    model: Any, tokenizer: Any, settings: EvalSettings, batch: int | None, most: float, prepared: Exam | None = None
 ) -> tuple[dict[str, Any], Exam, list[Sample]]:
     """Asks, and says how long that took."""
     synchronise(model)
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("KALLM_BBH_DIR", "../shared/data/bbh")))
     parser.add_argument("--protocols", nargs="*", default=["leaderboard", "chat", "cot-fewshot"])
     parser.add_argument("--limit", type=int, help="questions a task; all if left out")
-    parser.add_argument("--batch-size", type=int, default=256 if on_gpu else 16)
+    parser.add_argument("--batch-size", type=int, help="replies at once; as many as fit if left out")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="at most; 0 for each protocol's own")
     parser.add_argument("--seconds", type=float, default=300.0, help="after which a protocol is stopped")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each protocol; the first one warms up")

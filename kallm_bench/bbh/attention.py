@@ -1,20 +1,19 @@
-"""Attention of many replies at once, each with tokens of its own after a beginning that all have in common.
+"""Attention of many replies at once, each with tokens of its own after a beginning that many have in common.
 
 The beginning (the few-shot text of a task, often nine tenths of a prompt) is in memory once. The queries of all replies
 meet it in one large matrix product, which reads it once for all; what each reply has of its own is a small product
 beside it, and one softmax runs over both. Ordinary attention would read the beginning again for each reply, at each
 step.
 
-Only matrix products whose shapes are fixed beforehand, so that a step can be recorded, and so that what a reply gets
-does not depend on the others.
+Here that is said in plain PyTorch, for prompts and for steps; `kernels` says a step again in two kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +21,19 @@ from transformers import AttentionInterface
 
 NAME = "kallm_replies"
 
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
+
 
 class UnsupportedError(Exception):
     """An architecture asks for something that this attention does not do."""
 
 
-@dataclass(frozen=True)
-class Sight:
-    """What the queries of one call may look at, beside what the cache gives for them.
+class Sight(Protocol):
+    """What the queries of one call look at, beside the keys that come with them."""
 
-    Args:
-        beginning: keys and values (N, P, D) of the beginning in each layer; empty where there is none.
-        visible: of one query a reply: (B, 1, 1, P + L), True where it looks, first at the beginning, then at its own
-            tokens. None for prompts, which look at the whole beginning and backwards.
-    """
-
-    beginning: tuple[tuple[Tensor, Tensor], ...]
-    visible: Tensor | None
+    def look(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """(B, T, H, D) of query (B, H, T, D), and key and value (B, N, L, D) with H a multiple of N."""
 
 
 @contextmanager
@@ -67,11 +62,7 @@ def attend(
     kallm_sight: Sight | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention to the beginning and to `key`.
-
-    Args:
-        query: (B, H, T, D).
-        key, value: (B, N, L, D), H a multiple of N; for prompts L = T.
+    """Attention as `kallm_sight` has it; shapes are its own.
 
     Returns:
         (B, T, H, D) in the dtype of `value`, and None for the weights.
@@ -84,51 +75,111 @@ def attend(
     if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "head_mask")):
         raise UnsupportedError("attention with caps, sinks or biases")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    beginning = kallm_sight.beginning[module.layer_idx] if kallm_sight.beginning else None
-    if kallm_sight.visible is None:
-        return _prompts(query, key, value, scaling, beginning).transpose(1, 2), None
-    return _step(query, key, value, scaling, beginning, kallm_sight.visible), None
+    return kallm_sight.look(module.layer_idx, query.to(value.dtype), key.to(value.dtype), value, scaling), None
 
 
-def _prompts(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, beginning: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """(B, H, T, D): every token looks at the whole beginning and at those before it."""
-    before, visible = 0, None
-    if beginning is not None:
-        before = beginning[0].shape[1]
+@dataclass(frozen=True)
+class PromptSight:
+    """Every token of a prompt looks at the whole beginning and at those before it.
+
+    Args:
+        beginning: keys and values (N, P, D) of the beginning in each layer; empty where there is none.
+    """
+
+    beginning: Sequence[Pair]
+
+    def look(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        attention = nn.functional.scaled_dot_product_attention
+        if not self.beginning:
+            key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+            return attention(query, key, value, is_causal=True, scale=scaling).transpose(1, 2)
+        rows, heads, length, _ = query.shape
+        groups, before = key.shape[1], self.beginning[layer][0].shape[1]
         key, value = (
-            torch.cat([common.expand(len(own), -1, -1, -1), own], dim=2)
-            for common, own in zip(beginning, (key, value), strict=True)
+            torch.cat([common.expand(rows, -1, -1, -1), own], dim=2)
+            for common, own in zip(self.beginning[layer], (key, value), strict=True)
         )
-        visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(before)
-    key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
-    return nn.functional.scaled_dot_product_attention(
-        query, key, value, visible, is_causal=visible is None, scale=scaling
-    )
+        visible = torch.ones(length, before + length, dtype=torch.bool, device=query.device).tril(before)
+        # Heads that share a key stand one behind the other, as if they were more queries: no key is copied for them.
+        query = query.reshape(rows, groups, heads // groups * length, -1)
+        found = attention(query, key, value, visible.repeat(heads // groups, 1), scale=scaling)
+        return found.reshape(rows, heads, length, -1).transpose(1, 2)
 
 
-def _step(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, beginning: tuple[Tensor, Tensor] | None, visible: Tensor
-) -> Tensor:
-    """(B, 1, H, D): one token of each reply looks at the beginning and at its own tokens."""
+@dataclass(frozen=True)
+class Neighbours:
+    """Rows side by side with one beginning: its tokens are `tokens` of those in memory, maybe none."""
+
+    rows: slice
+    tokens: slice
+
+
+@dataclass(frozen=True)
+class StepSight:
+    """One token of each reply looks at its beginning and at its own tokens.
+
+    Only matrix products of shapes that `neighbours` and the columns decide, so that what a reply gets does not depend
+    on the others where those are fixed.
+
+    Args:
+        common: keys and values (N, P, D) of all beginnings in each layer.
+        neighbours: all rows, in their sequence.
+        visible: (B, 1, 1, L), True where a reply looks among its own tokens.
+    """
+
+    common: Sequence[Pair]
+    neighbours: Sequence[Neighbours]
+    visible: Tensor
+
+    def look(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = self.common[layer]
+        found = [
+            _step(
+                query[some.rows] * scaling,
+                (key[some.rows], value[some.rows]),
+                (keys[:, some.tokens], values[:, some.tokens]),
+                self.visible[some.rows],
+            )
+            for some in self.neighbours
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _step(query: Tensor, own: Pair, common: Pair, visible: Tensor) -> Tensor:
+    """(B, 1, H, D) of query (B, H, 1, D), own (B, N, L, D) and common (N, P, D)."""
     rows, heads, _, width = query.shape
-    groups = key.shape[1]
-    query = (
-        query.reshape(rows, groups, heads // groups, width) * scaling
-    )  # heads that share a key are rows of one product
-    scores = query @ key.transpose(-1, -2)  # (B, N, H/N, L)
-    if beginning is None:
-        return (_weights(scores, visible, value.dtype) @ value).reshape(rows, 1, heads, -1)
+    groups = own[0].shape[1]
+    length = common[0].shape[1]
+    query = query.reshape(rows, groups, heads // groups, width)  # heads that share a key are rows of one product
+    scores = (query @ own[0].transpose(-1, -2)).float().masked_fill(~visible, -torch.inf)  # (B, N, H/N, L)
+    if not length:
+        return (scores.softmax(dim=-1).to(own[1].dtype) @ own[1]).reshape(rows, 1, heads, -1)
     all_queries = query.transpose(0, 1).reshape(groups, -1, width)  # (N, B·H/N, D)
-    common = (all_queries @ beginning[0].transpose(-1, -2)).view(groups, rows, heads // groups, -1).transpose(0, 1)
-    weights = _weights(torch.cat([common, scores], dim=-1), visible, value.dtype)
-    length = common.shape[-1]
-    of_common = weights[..., :length].transpose(0, 1).reshape(groups, -1, length) @ beginning[1]
-    of_common = of_common.view(groups, rows, heads // groups, -1).transpose(0, 1)
-    return (of_common + weights[..., length:] @ value).reshape(rows, 1, heads, -1)
+    of_common = (all_queries @ common[0].transpose(-1, -2)).view(groups, rows, heads // groups, -1).transpose(0, 1)
+    weights = torch.cat([of_common.float(), scores], dim=-1).softmax(dim=-1).to(own[1].dtype)
+    all_weights = weights[..., :length].transpose(0, 1).reshape(groups, -1, length)
+    found = (all_weights @ common[1]).view(groups, rows, heads // groups, -1).transpose(0, 1)
+    return (found + weights[..., length:] @ own[1]).reshape(rows, 1, heads, -1)
 
 
-def _weights(scores: Tensor, visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return scores.float().masked_fill(~visible, -torch.inf).softmax(dim=-1).to(dtype)
+@dataclass(frozen=True)
+class FusedSight:
+    """What a StepSight looks at, by the kernels. Shapes follow from the rows alone, so that a step can be recorded.
+
+    The new keys and values are kept by the kernels too. For arguments see `kernels.attend_step`.
+    """
+
+    own: Sequence[Pair]
+    positions: Tensor
+    common: Sequence[Pair]
+    starts: Tensor
+    lengths: Tensor
+    block: int
+
+    def look(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        from kallm_bench.bbh.kernels import attend_step  # Triton is not on every machine
+
+        own, common = self.own[layer], self.common[layer]
+        return attend_step(
+            query, key, value, own, self.positions, common, self.starts, self.lengths, self.block, scaling
+        )

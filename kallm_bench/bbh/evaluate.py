@@ -132,7 +132,7 @@ def ask(
     exam: Exam,
     unfinished: Unfinished,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     processes: Processes = ALONE,
     watch: Watch = nobody,
 ) -> list[Sample]:
@@ -143,7 +143,8 @@ def ask(
 
     Args:
         unfinished: where samples are kept; the caller removes it when they are safe elsewhere.
-        batch_size: replies at once; halved where memory runs out. Likelihoods take what suits the device.
+        batch_size: replies at once, halved where memory runs out; None for as many as fit. Likelihoods take what suits
+            the device.
 
     Returns:
         One sample a question, in the questions' order; on other processes than the first none.
@@ -186,7 +187,7 @@ def _likelihoods(
     tokenizer: Any,
     exam: Exam,
     done: set[Key],
-    batch_size: int,
+    batch_size: int | None,
     processes: Processes,
     watch: Watch,
 ) -> Iterator[Sample]:
@@ -209,7 +210,7 @@ def _replies(
     tokenizer: Any,
     exam: Exam,
     done: set[Key],
-    batch_size: int,
+    batch_size: int | None,
     processes: Processes,
     watch: Watch,
 ) -> Iterator[Sample]:

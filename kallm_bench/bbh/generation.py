@@ -1,7 +1,8 @@
 """Greedy answers to many prompts at once: a row is refilled as soon as its answer has ended.
 
-Prompts that begin alike share what was computed of their beginning. See `decoding` for a step, `stops` for endings; a
-model that `decoding` cannot run as it runs itself is asked by transformers' `generate`, batch by batch.
+Prompts that begin alike share what was computed of their beginning. See `decoding` for a step, `refill` for who takes
+it, `stops` for endings; a model that `decoding` cannot run as it runs itself is asked by transformers' `generate`,
+batch by batch.
 
 What a row gets depends on the others by rounding alone: a matrix product of another shape adds in another order. In
 batch-invariant mode every shape follows from the prompt: steps have a fixed number of rows, in use or not, columns that
@@ -12,9 +13,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,18 +22,17 @@ from transformers import PreTrainedModel
 
 from kallm_bench.bbh import plain
 from kallm_bench.bbh.attention import UnsupportedError
-from kallm_bench.bbh.decoding import Decoder, Grain, check, grain_of
-from kallm_bench.bbh.encoding import Encoder, Tokens, context_of, tokens_of
+from kallm_bench.bbh.comparison import check
+from kallm_bench.bbh.decoding import Grain, grain_of
+from kallm_bench.bbh.encoding import context_of
+from kallm_bench.bbh.jobs import Job, make_jobs
 from kallm_bench.bbh.prompts import Prompt
-from kallm_bench.bbh.stops import Ending
-from kallm_bench.errors import BBHError
+from kallm_bench.bbh.refill import Refill, Way, free_memory, own_tokens
+from kallm_bench.bbh.shapes import ROWS_ELSEWHERE, kernels_fit, layers_of, rows_that_fit
 from kallm_bench.progress import Watch, nobody
 
-SHORTEST_BEGINNING = 64
-"""Tokens of a beginning that is worth sharing: replies with different beginnings are never decoded together."""
-
 FIXED_COLUMNS = 256
-"""In batch-invariant mode the columns of a step are a multiple of this."""
+"""In batch-invariant mode the columns of a step are a multiple of this, where its shape has columns."""
 
 
 @dataclass(frozen=True)
@@ -59,79 +58,83 @@ class Reply:
     cut_tokens: int
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A prompt in tokens: the beginning it shares, maybe empty, and its own, at least one."""
-
-    number: int
-    beginning: tuple[int, ...]
-    own: tuple[int, ...]
-    ending: Ending
-    cut_tokens: int
-
-    def shape(self, grain: Grain, columns: int) -> tuple[int, int]:
-        """The columns of its own and of its beginning that it needs; a row may run on beyond its end."""
-        own = len(self.own) + self.ending.most + grain.steps
-        return -(-own // columns) * columns, -(-len(self.beginning) // grain.beginning) * grain.beginning
-
-
-@dataclass
-class _Live:
-    """A row in use."""
-
-    job: _Job
-    reply: list[int] = field(default_factory=list)
-
-    @property
-    def columns(self) -> int:
-        """In use before the next step."""
-        return len(self.job.own) - 1 + len(self.reply)
-
-
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,
-    batch_size: int,
+    batch_size: int | None = None,
     batch_invariant: bool = False,
     watch: Watch = nobody,
     grain: Grain | None = None,
+    kernels: bool = True,
 ) -> Iterator[Reply]:
     """Greedy replies to prompts, each as soon as it is there, in any order. The model's weights and settings stay.
 
     Args:
         prompts: none may be empty.
-        batch_size: replies at once; halved where memory runs out.
+        batch_size: replies at once, halved where memory runs out; None for as many as fit, see `shapes`.
         batch_invariant: replies do not depend on the batch size and on what else is asked, and take longer. Steps have
             `grain.fixed_rows` rows, which is the most that are asked at once.
         grain: of shapes; None for the device's.
+        kernels: whether steps may attend by the kernels, where these fit.
 
     Raises:
         BBHError: an empty prompt, or more new tokens than the model's context has room for.
     """
-    grain = grain or grain_of(model.device)
-    jobs = _jobs(model, tokenizer, prompts)
+    jobs = make_jobs(model, tokenizer, prompts)
     if not jobs:
         return
     progress = _Progress(watch, len(jobs))
     if cut := sum(job.cut_tokens > 0 for job in jobs):
         progress.tell(f"{cut} prompts cut from the left to fit the context of {context_of(model, tokenizer):,} tokens")
     try:
-        check(model, max(len(job.beginning) + len(job.own) + job.ending.most for job in jobs))
+        way = _way(model, tokenizer, jobs, grain or grain_of(model.device), kernels, batch_invariant, progress)
     except UnsupportedError as error:
         progress.tell(f"by transformers' generate ({error})")
-        yield from _by_generate(model, tokenizer, jobs, 1 if batch_invariant else batch_size, progress)
+        at_once = 1 if batch_invariant else batch_size or ROWS_ELSEWHERE
+        yield from _by_generate(model, tokenizer, jobs, at_once, progress)
         return
-    if not batch_invariant:
-        shapes = [job.shape(grain, grain.own) for job in jobs]
-        shape = (max(own for own, _ in shapes), max(beginning for _, beginning in shapes))
-        yield from _by_decoder(_Run(model, tokenizer, grain, shape, progress), jobs, min(batch_size, len(jobs)))
+    for own, alike in _by_columns(way, jobs):
+        run = replace(way, own=own)
+        most = min(batch_size or rows_that_fit(model.device, way.layers, own), len(alike))
+        yield from _by_decoder(run, alike, min(most, way.grain.fixed_rows) if batch_invariant else most, progress)
+
+
+def _way(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    jobs: Sequence[Job],
+    grain: Grain,
+    kernels: bool,
+    fixed: bool,
+    progress: _Progress,
+) -> Way:
+    """How the jobs are done: by the kernels if they fit and agree, else in plain PyTorch. UnsupportedError: neither."""
+    layers = layers_of(model, max(len(job.tokens) + job.ending.most for job in jobs))
+    own = max(own_tokens(job, grain, grain.own) for job in jobs)
+    way = Way(model, tokenizer, grain, layers, own, fused=kernels and kernels_fit(model.device, layers), fixed=fixed)
+    if way.fused:
+        try:
+            check(model, layers, grain, fused=True)
+            return way
+        except UnsupportedError as error:
+            progress.tell(f"attention without kernels ({error})")
+    check(model, layers, grain, fused=False)
+    return replace(way, fused=False)
+
+
+def _by_columns(way: Way, jobs: Sequence[Job]) -> Iterator[tuple[int, list[Job]]]:
+    """Jobs that may stand beside each other, and the columns they have: in batch-invariant mode only of as many."""
+    if not way.fixed or way.fused:
+        yield way.own, list(jobs)
         return
-    by_shape = sorted(jobs, key=lambda job: job.shape(grain, FIXED_COLUMNS))
-    for shape, alike in itertools.groupby(by_shape, key=lambda job: job.shape(grain, FIXED_COLUMNS)):
-        run = _Run(model, tokenizer, grain, shape, progress, fixed=True)
-        yield from _by_decoder(run, list(alike), min(batch_size, grain.fixed_rows))
+
+    def columns(job: Job) -> int:
+        return own_tokens(job, way.grain, FIXED_COLUMNS)
+
+    for own, alike in itertools.groupby(sorted(jobs, key=columns), key=columns):
+        yield own, list(alike)
 
 
 class _Progress:
@@ -149,154 +152,32 @@ class _Progress:
         self.watch("replies", self.done, self.total, note)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all jobs of a Decoder have in common; `shape` as of `_Job.shape`, `fixed` in batch-invariant mode."""
-
-    model: PreTrainedModel
-    tokenizer: Any
-    grain: Grain
-    shape: tuple[int, int]
-    progress: _Progress
-    fixed: bool = False
-
-
-def _jobs(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt]) -> list[_Job]:
-    """The prompts in tokens. A beginning is shared as far as its tokens are the same with and without a question."""
-    context = context_of(model, tokenizer)
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    tokens = frozenset(() if ends is None else (ends,) if isinstance(ends, int) else ends)
-    jobs = []
-    for number, (prompt, (ids, beginning)) in enumerate(zip(prompts, _encode(tokenizer, prompts), strict=True)):
-        room = context - prompt.max_new_tokens
-        if not ids:
-            raise BBHError(f"{prompt.task} {prompt.index}: the prompt is empty")
-        if prompt.max_new_tokens < 1 or room < 1:
-            raise BBHError(
-                f"{prompt.task} {prompt.index}: {prompt.max_new_tokens} new tokens; the model's context has {context}, "
-                "and the prompt needs one at least; ask for fewer"
-            )
-        cut = max(0, len(ids) - room)
-        shared = 0 if cut else _agreeing(ids[:-1], beginning)
-        shared = shared if shared >= SHORTEST_BEGINNING else 0
-        ending = Ending(tokens, tuple(stop for stop in prompt.stops if stop), prompt.max_new_tokens)
-        jobs.append(_Job(number, ids[cut : cut + shared], ids[cut + shared :], ending, cut))
-    return jobs
-
-
-def _encode(tokenizer: Any, prompts: Sequence[Prompt]) -> list[tuple[Tokens, Tokens]]:
-    """Prompts in tokens, each with what the beginning that it shares comes to by itself."""
-    encoder = Encoder(tokenizer)
-    alike: dict[tuple[str, bool], list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        alike.setdefault((prompt.shared, prompt.templated), []).append(number)
-    found: dict[int, tuple[Tokens, Tokens]] = {}
-    for (shared, templated), numbers in alike.items():
-        [beginning] = tokens_of(tokenizer, [shared], templated) if shared else [()]
-        cut = encoder.contexts([prompts[number].text for number in numbers], len(shared), templated)
-        found |= {number: (tokens, beginning) for number, tokens in zip(numbers, cut, strict=True)}
-    return [found[number] for number in range(len(prompts))]
-
-
-def _agreeing(ids: Sequence[int], beginning: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, beginning, strict=False)))
-
-
-def _by_decoder(run: _Run, jobs: Iterable[_Job], rows: int) -> Iterator[Reply]:
-    """Replies by a Decoder of so many rows, and of half as many where memory runs out."""
+def _by_decoder(way: Way, jobs: Sequence[Job], most: int, progress: _Progress) -> Iterator[Reply]:
+    """Replies by a Decoder, so many at once, and half as many where memory runs out."""
     missing = {job.number: job for job in jobs}
     while missing:
         try:
-            for reply in _decode(run, list(missing.values()), rows):
-                del missing[reply.number]
-                yield reply
+            for job, tokens, why in Refill(way, list(missing.values()), most).replies():
+                del missing[job.number]
+                yield _reply(way.tokenizer, progress, job, tokens, why)
             return
         except torch.OutOfMemoryError:
-            if rows == 1 or run.fixed:
+            if most == 1 or way.fixed:
                 raise
-        rows //= 2  # outside the handler, which keeps what was allocated
-        _free_memory(run)
-        run.progress.tell(f"out of memory, {rows} at once from here")
-
-
-def _decode(run: _Run, jobs: Sequence[_Job], most: int) -> Iterator[Reply]:
-    """Replies to jobs, `most` at once; beginnings one after the other, the longest of what follows first."""
-    rows = run.grain.fixed_rows if run.fixed else most
-    decoder = Decoder(run.model, rows, *run.shape, run.grain)
-    ordered = sorted(jobs, key=lambda job: (-len(job.beginning), job.beginning, -len(job.own), job.number))
-    for beginning, group in itertools.groupby(ordered, key=lambda job: job.beginning):
-        decoder.begin(beginning)
-        queue, live = deque(group), dict[int, _Live]()
-        while queue or live:
-            if queue and (not live or most - len(live) >= max(1, most // 8)):  # a few at once: prefilling has a price
-                _fill(run, decoder, queue, live, most)
-            yield from _step(run, decoder, live)
-
-
-def _fill(run: _Run, decoder: Decoder, queue: deque[_Job], live: dict[int, _Live], most: int) -> None:
-    """Gives the free rows to the next jobs. Changes `queue` and `live`."""
-    free = (row for row in range(most) if row not in live)
-    new: dict[int, _Job] = {}
-    for row in list(free):
-        if not queue:
-            break
-        widest = max(len(job.own) for job in (*new.values(), queue[0]))
-        if new and (run.fixed or widest * (len(new) + 1) > run.grain.prefill_tokens):
-            _admit(decoder, new, live)
-            new = {}
-        new[row] = queue.popleft()
-    if new:
-        _admit(decoder, new, live)
-
-
-def _admit(decoder: Decoder, new: dict[int, _Job], live: dict[int, _Live]) -> None:
-    decoder.admit({row: job.own for row, job in new.items()})
-    live.update({row: _Live(job) for row, job in new.items()})
-
-
-def _step(run: _Run, decoder: Decoder, live: dict[int, _Live]) -> Iterator[Reply]:
-    """Takes a few steps, and gives the replies that ended in them. Changes `live`."""
-    count = min(run.grain.steps, max(each.job.ending.most - len(each.reply) for each in live.values()))
-    rows, columns = decoder.rows, decoder.own
-    if not run.fixed:
-        rows = _gather(run, decoder, live)
-        needed = max(each.columns for each in live.values()) + count
-        columns = min(columns, -(-needed // run.grain.own) * run.grain.own)
-    chosen = decoder.steps(count, rows, columns)
-    for row, each in list(live.items()):
-        seen = len(each.reply)
-        each.reply += chosen[row]
-        if end := each.job.ending.find(run.tokenizer, each.reply, seen):
-            del live[row]
-            yield _reply(run.tokenizer, run.progress, each.job, each.reply[: end[0]], end[1])
-
-
-def _gather(run: _Run, decoder: Decoder, live: dict[int, _Live]) -> int:
-    """Moves the rows in use together, where a smaller step then does; how many rows that has. Changes `live`."""
-    rows = decoder.rows
-    while -(-rows // run.grain.rows) >= len(live) and rows > 1:
-        rows = -(-rows // run.grain.rows)
-    free = iter([row for row in range(rows) if row not in live])
-    for row in [row for row in live if row >= rows]:
-        target = next(free)
-        decoder.move(row, target)
-        live[target] = live.pop(row)
-    return rows
+        most //= 2  # outside the handler, which keeps what was allocated
+        free_memory(way.model)
+        progress.tell(f"out of memory, {most} at once from here")
 
 
 def _by_generate(
-    model: PreTrainedModel, tokenizer: Any, jobs: Sequence[_Job], batch_size: int, progress: _Progress
+    model: PreTrainedModel, tokenizer: Any, jobs: Sequence[Job], batch_size: int, progress: _Progress
 ) -> Iterator[Reply]:
     """Replies by transformers' generate; the longest prompts first, so that little is padded."""
-    missing = sorted(jobs, key=lambda job: (-len(job.beginning) - len(job.own), job.number))
+    missing = sorted(jobs, key=lambda job: (-len(job.tokens), job.number))
     while missing:
         batch = missing[:batch_size]
         try:
-            found = plain.replies(
-                model, tokenizer, [job.beginning + job.own for job in batch], [job.ending for job in batch]
-            )
+            found = plain.replies(model, tokenizer, [job.tokens for job in batch], [job.ending for job in batch])
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
@@ -310,13 +191,7 @@ def _by_generate(
             yield _reply(tokenizer, progress, job, tokens, why)
 
 
-def _reply(tokenizer: Any, progress: _Progress, job: _Job, tokens: Sequence[int], why: str) -> Reply:
+def _reply(tokenizer: Any, progress: _Progress, job: Job, tokens: Sequence[int], why: str) -> Reply:
     progress.add(len(tokens))
     text = job.ending.cut(tokenizer.decode(tokens, skip_special_tokens=True))
-    length, shared = len(job.beginning) + len(job.own), len(job.beginning)
-    return Reply(job.number, tuple(tokens), text, why, length, shared, job.cut_tokens)
-
-
-def _free_memory(run: _Run) -> None:
-    if run.model.device.type == "cuda":
-        torch.cuda.empty_cache()
+    return Reply(job.number, tuple(tokens), text, why, len(job.tokens), len(job.beginning), job.cut_tokens)

@@ -19,9 +19,6 @@ from kallm_bench.models import load_model, load_tokenizer
 from kallm_bench.records import RunRecord
 from kallm_bench.training import tokenizer_fingerprint
 
-AT_ONCE = {"cuda": 256}
-"""Replies at once where nobody says, by device; elsewhere 16."""
-
 
 def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
     """Asks the model BIG-Bench Hard, or questions like it, and scores its answers.
@@ -57,9 +54,10 @@ def _ask(bench: Bench, ref: ModelRef, stage: Stage, exam: Exam, tokenizer: Any) 
     processes = bench.processes
     model, _ = load_model(ref.open(), bench.dtype, bench.device)
     unfinished = _unfinished(stage)
-    size = bench.batch_size or AT_ONCE.get(bench.device.type, 16)
     try:
-        samples = ask(model, tokenizer, exam, unfinished, batch_size=size, processes=processes, watch=bench.watch)
+        samples = ask(
+            model, tokenizer, exam, unfinished, batch_size=bench.batch_size, processes=processes, watch=bench.watch
+        )
     except KallmError:
         unfinished.remove(only_empty=True)
         raise
