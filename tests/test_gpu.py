@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from kallm_bench.bbh.evaluate import ask
-from kallm_bench.bbh.protocols import PROTOCOLS
-from kallm_bench.bbh.questions import load_questions
+from kallm_bench.bbh.evaluate import EvalSettings, ask, prepare
+from kallm_bench.bbh.samples import Unfinished
 from kallm_bench.errors import Interrupted
 from kallm_bench.kan import BASES, KANLinear
 from kallm_bench.models import KANSpec, load_checkpoint, retrofit, save_checkpoint
@@ -156,7 +155,9 @@ def test_the_fast_way_is_as_near_the_truth_as_the_plain_one(
 
 
 def test_replies_on_the_device(tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path) -> None:
-    questions = load_questions("procedural", tasks=["navigate"], limit=5)
-    model = tiny_llama().to("cuda")
-    samples = ask(model, bundled_tokenizer, questions, PROTOCOLS["chat"], 4, tmp_path / "partial.jsonl", batch_size=3)
+    settings = EvalSettings("chat", source="procedural", tasks=("navigate",), limit=5, max_new_tokens=4)
+    exam = prepare(settings, bundled_tokenizer)
+    samples = ask(
+        tiny_llama().to("cuda"), bundled_tokenizer, exam, Unfinished(tmp_path / "partial.jsonl"), batch_size=3
+    )
     assert [sample["index"] for sample in samples] == list(range(5))
