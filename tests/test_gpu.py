@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from kallm_bench.bbh.evaluate import EvalSettings, ask, prepare
+from kallm_bench.bbh import evaluate
+from kallm_bench.bbh.evaluate import EvalSettings, ask
 from kallm_bench.bbh.samples import Unfinished
 from kallm_bench.errors import Interrupted
 from kallm_bench.kan import BASES, KANLinear
@@ -156,7 +157,7 @@ def test_the_fast_way_is_as_near_the_truth_as_the_plain_one(
 
 def test_replies_on_the_device(tiny_llama: Any, bundled_tokenizer: Any, tmp_path: Path) -> None:
     settings = EvalSettings("chat", source="procedural", tasks=("navigate",), limit=5, max_new_tokens=4)
-    exam = prepare(settings, bundled_tokenizer)
+    exam = evaluate.prepare(settings, bundled_tokenizer)
     samples = ask(
         tiny_llama().to("cuda"), bundled_tokenizer, exam, Unfinished(tmp_path / "partial.jsonl"), batch_size=3
     )
