@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kallm_bench.kan.kernels.tiles import Launch, cut, place
+from kallm_bench.kan.kernels.tiles import Launch, chunk_size, cut, place
 
-FORWARD = Launch(chunks=128, warps=4, programs=1000 * 132)  # a tile each: whoever waits for one leaves room for others
+FORWARD = 128
+"""Chunks that a program takes, one after the other in memory, as a copy does."""
+
 BACKWARD = Launch(chunks=128, warps=4, programs=6 * 132)  # all at once on an H100, where 72 registers leave room for 7
 
 
@@ -45,9 +47,13 @@ def _rational(x: Tensor, numerator: Tensor, denominator: Tensor, absolute: bool)
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
-        grid, arguments = _spread(x, numerator, denominator, absolute, FORWARD)
+        chunk = chunk_size(x.shape[-1] // len(numerator), x.element_size())
+        chunks, end = x.shape[-1] // chunk, x.numel() // chunk
         with torch.cuda.device_of(x):
-            _forward[grid](x, numerator.contiguous(), denominator.contiguous(), y, **arguments)
+            _forward[(triton.cdiv(end, FORWARD),)](
+                x, numerator.contiguous(), denominator.contiguous(), y, end, chunks, chunks // len(numerator),
+                **_of(numerator, denominator, absolute), BLOCK=FORWARD, CHUNK=chunk,
+            )  # fmt: skip
     return y
 
 
@@ -71,15 +77,15 @@ def _rational_backward(
 def _spread(
     x: Tensor, numerator: Tensor, denominator: Tensor, absolute: bool, launch: Launch
 ) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The grid of a kernel, (tiles across, programs down), and the arguments that both kernels take."""
-    groups, tiles = len(numerator), cut(x, len(numerator), launch)
-    own = {
-        "GROUP": tiles.arguments["CHUNKS"] // groups,
-        "P": numerator.shape[1] - 1,
-        "Q": denominator.shape[1],
-        "ABSOLUTE": absolute,
-    }
+    """The grid of the backward kernel, (tiles across, programs down), and its arguments."""
+    tiles = cut(x, len(numerator), launch)
+    own = {"GROUP": tiles.arguments["CHUNKS"] // len(numerator), **_of(numerator, denominator, absolute)}
     return (tiles.across, min(tiles.down, triton.cdiv(launch.programs, tiles.across))), tiles.arguments | own
+
+
+def _of(numerator: Tensor, denominator: Tensor, absolute: bool) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {"P": numerator.shape[1] - 1, "Q": denominator.shape[1], "ABSOLUTE": absolute}
 
 
 def _like(parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -150,35 +156,31 @@ def _signed(value, by):
 
 @triton.jit
 def _forward(
-    x_pointer,  # (M, I), like y
+    x_pointer,  # (END, CHUNK), like y
     numerator,  # (G, P+1)
     denominator,  # (G, Q)
     y_pointer,
-    M,
+    END,  # chunks in all rows
     CHUNKS,  # to a row
     GROUP,  # chunks to a group
     P: tl.constexpr,
     Q: tl.constexpr,
     ABSOLUTE: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    first_chunk = tl.program_id(0) * BLOCK
-    chunk = first_chunk + tl.arange(0, BLOCK)
-    inside = chunk < CHUNKS
-    group = tl.where(inside, chunk // GROUP, 0)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    group = ((first % CHUNKS).to(tl.int32) + tl.arange(0, BLOCK)) % CHUNKS // GROUP
     a = _coefficients(numerator, group, P + 1, False)
     b = _coefficients(denominator, group, Q, ABSOLUTE)
-    for tile in range(tl.program_id(1), tl.cdiv(M, ROWS), tl.num_programs(1)):
-        row, column, lane, mask = place(tile * ROWS, first_chunk, M, CHUNKS, ROWS, BLOCK, CHUNK)
-        offset = (row * CHUNKS + column) * CHUNK + lane  # [N]
-        x = _by_chunk(tl.load(x_pointer + offset, mask=mask, other=0.0), ROWS, BLOCK, CHUNK)
-        z = tl.abs(x) if ABSOLUTE else x
-        above, _ = _polynomial(x, a, P + 1)
-        divisor, _ = _polynomial(z, b, Q)
-        y = tl.reshape(above / (1.0 + tl.abs(z * divisor)), [ROWS * BLOCK * CHUNK])
-        tl.store(y_pointer + offset, y.to(y_pointer.dtype.element_ty), mask=mask)
+    offset = tl.arange(0, BLOCK * CHUNK)
+    mask = offset < tl.minimum(END - first, BLOCK).to(tl.int32) * CHUNK
+    x = _by_chunk(tl.load(x_pointer + first * CHUNK + offset, mask=mask, other=0.0), 1, BLOCK, CHUNK)
+    z = tl.abs(x) if ABSOLUTE else x
+    above, _ = _polynomial(x, a, P + 1)
+    divisor, _ = _polynomial(z, b, Q)
+    y = tl.reshape(above / (1.0 + tl.abs(z * divisor)), [BLOCK * CHUNK])
+    tl.store(y_pointer + first * CHUNK + offset, y.to(y_pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
