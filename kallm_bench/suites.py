@@ -101,6 +101,7 @@ def read_suite(
     model: str | None = None,
     data: str | None = None,
     heldout: str | None = None,
+    stages: Iterable[str] = (),
 ) -> Suite:
     """The suite in a TOML file.
 
@@ -109,6 +110,7 @@ def read_suite(
         seeds, model: in place of the file's own.
         data, heldout: in place of the suite's own, in training and in calibration; data without held-out data holds out
             a part of itself. What an arm names for itself stays.
+        stages: names of the stages to keep; none named keeps all.
 
     Raises:
         SuiteError: not TOML, an unknown key (with the nearest one), an arm twice, a value of the wrong type.
@@ -119,9 +121,11 @@ def read_suite(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SuiteError(f"{path}: {error}") from error
     _refuse_unknown(
-        content, {"description", "model", "dtype", "seeds", "stages", "arm", "kernels", *SECTIONS}, str(path)
+        content, {"description", "model", "dtype", "seeds", "stages", "once", "arm", "kernels", *SECTIONS}, str(path)
     )
-    top: dict[str, Any] = {"description": "", "model": "", "dtype": "", "seeds": [0], "stages": ["train"], "arm": [{}]}
+    top: dict[str, Any] = {
+        "description": "", "model": "", "dtype": "", "seeds": [0], "stages": ["train"], "once": ["profile"], "arm": [{}]
+    }  # fmt: skip
     for key, like in (top | {section: {} for section in SECTIONS}).items():
         _check_like(content, key, like, str(path))
     _replace(content, model, data, heldout)
@@ -131,7 +135,8 @@ def read_suite(
         isinstance(arm, dict) and re.fullmatch(r"[\w.+-]+", str(arm.get("name", ""))) for arm in arms
     ):
         raise SuiteError(f"{path}: needs [[arm]] tables, each with a 'name' of letters, digits, '-', '_', '.' and '+'")
-    for stage in content.get("stages", []):
+    stages = list(stages)
+    for stage in (*content.get("stages", []), *content.get("once", []), *stages):
         if stage not in STAGES:
             raise SuiteError(f"{path}: {unknown('stage', str(stage), STAGES)}")
     names = [arm["name"] for arm in arms] + [problem.arm for problem in problems]
@@ -146,9 +151,19 @@ def read_suite(
         if name not in names:
             raise SuiteError(unknown("arm", name, names))
     wanted = [arm for arm in arms if not only or arm["name"] in set(only)]
-    cells = tuple(_cell(arm, seed, content, path) for seed in chosen for arm in wanted)
+    cells = tuple(
+        dataclasses.replace(_cell(arm, seed, content, path), stages=_stages(content, stages, seed == chosen[0]))
+        for seed in chosen
+        for arm in wanted
+    )
     kernels = tuple(problem for problem in problems if not only or problem.arm in set(only))
     return Suite(path.stem, content.get("description", ""), cells, tuple(names), kernels)
+
+
+def _stages(suite: dict[str, Any], wanted: Sequence[str], first: bool) -> tuple[str, ...]:
+    """Of a cell of the first seed, or of a later one, which is spared what the suite wants `once`."""
+    spared = () if first else suite.get("once", [])
+    return tuple(each for each in suite.get("stages", STAGES) if each not in spared and (each in wanted or not wanted))
 
 
 def _replace(content: dict[str, Any], model: str | None, data: str | None, heldout: str | None) -> None:

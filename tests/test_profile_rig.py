@@ -21,7 +21,7 @@ from kallm_bench.profiling.flops import Limits
 from kallm_bench.profiling.hardware import Gpu, Reading
 from kallm_bench.profiling.memory import peak_memory
 from kallm_bench.profiling.ratios import ratios
-from kallm_bench.profiling.rig import Measured, Rig, Surroundings
+from kallm_bench.profiling.rig import Measured, Rig, Surroundings, surrounded
 from kallm_bench.profiling.throughput import fractions
 from kallm_bench.records import Metric
 
@@ -255,6 +255,20 @@ def test_notes_say_what_may_spoil_a_figure(nvml: Nvml) -> None:
     assert measured.metric("prefill_seconds").note == (
         "the GPU's clock is held down by heat; 2 other processes compute on the GPU"
     )
+
+
+def test_a_long_piece_of_work_is_watched_at_both_ends(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml.processes = {os.getpid(): 1}
+    with surrounded(CUDA) as calm:
+        pass
+    assert calm == []
+    with surrounded(CUDA) as notes:
+        nvml.processes = {os.getpid(): 1, 1: 1}
+        assert notes == []
+    assert notes == ["1 other process computes on the GPU"]
+    with surrounded(CPU) as notes:
+        pass
+    assert notes == []
 
 
 @pytest.mark.parametrize(

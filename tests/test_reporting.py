@@ -60,9 +60,16 @@ class Bench:
         )
 
     def arm(
-        self, name: str, seed: int, spec: dict[str, Any] | None, loss: float, right: int, replaced: int = 0
+        self,
+        name: str,
+        seed: int,
+        spec: dict[str, Any] | None,
+        loss: float,
+        right: int,
+        replaced: int = 0,
+        profiled_batch: int | None = 4,
     ) -> None:
-        """All four stages; `right` of eight questions are answered right."""
+        """All four stages, or without the profile; `right` of eight questions are answered right."""
         base, made, trained = self.base, f"made{self.count}", f"trained{self.count}"
         if spec:
             spec = {"hidden": None, "degree": None, "form": "stack", "constant": "bias", "blocks": [25, 26, 29]} | spec
@@ -88,10 +95,12 @@ class Bench:
         ]
         about = {"data": {"source": "procedural", "fingerprint": "q"}, "parents": (self._id(),)}
         self.record("eval-bbh", name, seed, ASKED | {"weights": trained}, accuracy, samples=samples, **about)
+        self.trained = trained
+        if profiled_batch is None:
+            return
         note = "spread 8%; the CPU was busy"
         measured = [Metric("parameters", 134_515_008), Metric("decode_tokens_per_second", 75.4, n=3, note=note)]
-        self.record("profile", name, seed, {"batch": 4, **PLACE, "weights": trained}, measured)
-        self.trained = trained
+        self.record("profile", name, seed, {"batch": profiled_batch, **PLACE, "weights": trained}, measured)
 
 
 @pytest.fixture
@@ -128,6 +137,19 @@ def test_seeds_are_averaged_with_an_interval(bench: Bench) -> None:
     low, high = row.figures["heldout_loss"].interval or (0, 0)
     assert (low, high) == pytest.approx((2.38093, 2.40440), abs=1e-4)  # mean ± 4.303 · s/√3
     assert row.what == "cheby2 degree 2, stack, hidden 384, blocks 25-26,29"
+
+
+def test_a_seed_without_a_profile_belongs_to_those_with_one(bench: Bench, tmp_path: Path) -> None:
+    for seed, batch in enumerate((None, 4, None, 8)):
+        bench.arm("kan", seed, {"basis": "cheby2"}, 2.0 + seed, right=8, replaced=100, profiled_batch=batch)
+    rows = [row for row in only_table(bench).rows if row.name == "kan"]
+    assert [row.seeds for row in rows] == [3, 1]  # another way of profiling is another row
+    assert [row.figures["heldout_loss"].value for row in rows] == [3.0, 5.0]
+    assert [row.figures["decode_tokens_per_second"].value for row in rows] == [75.4, 75.4]
+    unprofiled = Bench(tmp_path / "other")
+    for seed in range(2):
+        unprofiled.arm("kan", seed, {"basis": "cheby2"}, 2.0, right=8, replaced=100, profiled_batch=None)
+    assert [row.seeds for row in only_table(unprofiled).rows if row.name == "kan"] == [2]
 
 
 def test_arms_that_were_taught_otherwise_say_so_and_need_a_control_of_their_own(

@@ -127,6 +127,7 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = "1"\nparams = ["b"]\n', "params should be a number"),
         ('[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = "1"\nparams = "b"\n', "params should be a number above 0"),
         ('stages = ["retrofitt"]\n[[arm]]\nname = "a"\n', "Did you mean 'retrofit'"),
+        ('once = ["profil"]\n[[arm]]\nname = "a"\n', "Did you mean 'profile'"),
         ('seeds = []\n[[arm]]\nname = "a"\n', "at least one"),
         ('seeds = [1, 1]\n[[arm]]\nname = "a"\n', "stands twice"),
         ('[[arm]]\nname = "a"\nblocks = "1"\n', "has blocks but no basis"),
@@ -184,6 +185,28 @@ def test_the_arms_of_suite_curricula_have_as_many_parameters_and_can_be_taught_s
         name, plus, way = arm.partition("+")
         if name == "kan" and way != "degree":
             assert taught["linear-matched" + plus + way] == how
+
+
+def test_stages_are_chosen_by_hand_and_some_are_for_the_first_seed_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text('seeds = [3, 1]\nonce = ["profile", "eval-bbh"]\n[[arm]]\nname = "a"\n[[arm]]\nname = "b"\n')
+    all_stages = ("retrofit", "train", "eval-bbh", "profile")
+
+    def stages(**given: Any) -> dict[tuple[str, int], tuple[str, ...]]:
+        return {(cell.arm, cell.seed): cell.stages for cell in read_suite(path, **given).cells}
+
+    later = ("retrofit", "train")
+    assert stages() == {("a", 3): all_stages, ("b", 3): all_stages, ("a", 1): later, ("b", 1): later}
+    assert stages(seeds=[1]) == {("a", 1): all_stages, ("b", 1): all_stages}
+    some = stages(stages=["profile", "train"])
+    assert some == {
+        ("a", 3): ("train", "profile"),
+        ("b", 3): ("train", "profile"),
+        ("a", 1): ("train",),
+        ("b", 1): ("train",),
+    }
+    with pytest.raises(SuiteError, match="Did you mean 'profile'"):
+        read_suite(path, stages=["profil"])
 
 
 TAUGHT = """

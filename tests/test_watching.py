@@ -142,10 +142,12 @@ def test_speed_is_of_the_steps_that_were_done_here(
 ) -> None:
     model = fresh(tiny_llama)
 
-    def figures() -> dict[str, Any]:
-        found = describe_run(model, rows[0], SETTINGS, result_of(seconds, 8), torch.float32, ALONE)
+    def figures(*surroundings: str) -> dict[str, Any]:
+        found = describe_run(model, rows[0], SETTINGS, result_of(seconds, 8), torch.float32, ALONE, surroundings)
         return {metric.name: metric for metric in found}
 
+    told = figures("others compute", "heat")["train_tokens_per_second"].note
+    assert told == "; ".join([*([note] if note else []), "others compute", "heat"])
     metrics = figures()
     assert metrics["train_tokens_per_second"].value == speed
     assert metrics["train_tokens_per_second"].note == note

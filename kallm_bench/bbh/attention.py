@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 
 NAME = "kallm_replies"
@@ -34,6 +35,16 @@ class Sight(Protocol):
 
     def look(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """(B, T, H, D) of query (B, H, T, D), and key and value (B, N, L, D) with H a multiple of N."""
+
+
+@contextmanager
+def of_any_shape() -> Iterator[None]:
+    """Inside, PyTorch's attention is not cuDNN's, which on a GPU makes a plan for each shape it meets.
+
+    A plan takes a tenth of a second and more, and questions come in hundreds of shapes, each used once or twice.
+    """
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from kallm_bench.bbh.attention import of_any_shape
 from kallm_bench.bbh.generation import generate
 from kallm_bench.bbh.prompts import Prompt, build_prompts, fingerprint
 from kallm_bench.bbh.protocols import Protocol, find_protocol
@@ -153,7 +154,7 @@ def ask(
     done = {(task, index) for task, index in processes.tell(sorted(known))}
     way = _likelihoods if exam.protocol.compared else _replies
     found = []
-    with unfinished.writing(processes.number) as keep:
+    with unfinished.writing(processes.number) as keep, of_any_shape():
         told = _Told(watch, len(done), len(exam.prompts), sum(sample["correct"] for sample in known.values()))
         for sample in way(model, tokenizer, exam, done, batch_size, processes, told):
             keep(sample)

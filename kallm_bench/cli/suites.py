@@ -28,6 +28,9 @@ def run(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="A TOML file, or the name of a shipped suite.")],
     only: Annotated[str, typer.Option(help="Arms to run, with commas; all if left out.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds in place of the suite's: 0,1,2.")] = "",
+    stages: Annotated[
+        str, typer.Option(help="Stages to run of retrofit,train,eval-bbh,profile; the suite's if left out.")
+    ] = "",
     model: Annotated[str | None, typer.Option(help="Model in place of the suite's: hub id, folder or .gguf.")] = None,
     data: Annotated[str | None, typer.Option(help="Training data in place of the suite's: hub id or file.")] = None,
     heldout: Annotated[
@@ -55,7 +58,10 @@ def run(
     from kallm_bench.suites import find_suite, read_suite
 
     arms = read_names(only, "--only") if only else []
-    read = read_suite(find_suite(suite), arms, read_numbers(seeds) if seeds else None, model, data, heldout)
+    named_stages = read_names(stages, "--stages") if stages else []
+    read = read_suite(
+        find_suite(suite), arms, read_numbers(seeds) if seeds else None, model, data, heldout, named_stages
+    )
     if dtype != "auto" and any(cell.dtype for cell in read.cells):
         raise typer.BadParameter("this suite says itself what its arms compute in", param_hint="--dtype")
     if dry_run:

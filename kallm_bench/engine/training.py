@@ -20,7 +20,7 @@ from kallm_bench.errors import TrainingError
 from kallm_bench.files import cache_folder, sha256
 from kallm_bench.filing import Bench, ModelRef, Stage
 from kallm_bench.models import load_model, load_tokenizer, save_checkpoint
-from kallm_bench.profiling import describe_run, heldout_curve, peak_memory
+from kallm_bench.profiling import describe_run, heldout_curve, peak_memory, surrounded
 from kallm_bench.progress import Log, nowhere
 from kallm_bench.records import Metric, RunRecord
 from kallm_bench.training import (
@@ -130,7 +130,10 @@ def _train(
             parameters_in(model, settings.scope, settings.tail_from, settings.lora)
         rows, kept = rows_of(settings, tokenizer, packing)
     own_head = _ready(model, rows, settings, ref)
-    with _logging(bench, stage) as log, peak_memory(bench.device) as peak:
+    looking: AbstractContextManager[list[str]] = nullcontext([])
+    if processes.count == 1:  # else what seems another's is this run's own
+        looking = surrounded(bench.device)
+    with _logging(bench, stage) as log, peak_memory(bench.device) as peak, looking as surroundings:
         result = train(
             model,
             rows,
@@ -149,7 +152,7 @@ def _train(
     del teaching
     figures = []
     if settings.steps:
-        figures = [*describe_run(model, rows, settings, result, bench.dtype, processes), *peak]
+        figures = [*describe_run(model, rows, settings, result, bench.dtype, processes, surroundings), *peak]
     answers = None
     if isinstance(kept, LabelledRows):
         ways = ways_of(bench, settings)

@@ -8,7 +8,7 @@ from kallm_bench.profiling.parts import measure_parts
 from kallm_bench.profiling.problems import KernelProblem, KernelSettings, problems_by_hand
 from kallm_bench.profiling.ratios import ratios
 from kallm_bench.profiling.replays import first_line
-from kallm_bench.profiling.rig import Rig
+from kallm_bench.profiling.rig import Rig, surrounded
 from kallm_bench.profiling.room import check_room, too_large
 from kallm_bench.profiling.runs import describe_run, heldout_curve
 from kallm_bench.profiling.settings import ProfileSettings
@@ -39,5 +39,6 @@ __all__ = [
     "peak_memory",
     "problems_by_hand",
     "ratios",
+    "surrounded",
     "too_large",
 ]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
@@ -227,6 +228,25 @@ class Surroundings:
             return 0.0
         others = _busy_seconds() - self._busy - (_own_seconds() - self._own)
         return min(1.0, max(0.0, others / (passed * (psutil.cpu_count() or 1))))
+
+
+LOOKS_APART_SECONDS = 5.0
+"""NVML is asked that often in a long piece of work, and at both its ends."""
+
+
+@contextmanager
+def surrounded(device: torch.device) -> Iterator[list[str]]:
+    """Yields a list that holds what else went on, in words, when the block is left."""
+    gpu = Gpu(device) if device.type == "cuda" else None
+    surroundings, notes = Surroundings(gpu), list[str]()
+    if gpu is None:
+        yield notes
+    else:
+        gpu.look()
+        with gpu.watched(LOOKS_APART_SECONDS):
+            yield notes
+        gpu.look()
+    notes.extend(surroundings.notes())
 
 
 def _busy_seconds() -> float:

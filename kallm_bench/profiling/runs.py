@@ -7,6 +7,7 @@ resumed knows the speed of the steps it did itself, and says which.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,12 +31,14 @@ def describe_run(
     result: TrainResult,
     dtype: torch.dtype,
     processes: Processes,
+    surroundings: Sequence[str] = (),
 ) -> list[Metric]:
     """Speed, time, FLOP and MFU of a run of `settings.steps` steps that has just ended.
 
     Args:
         model: in the scope it was trained in.
         dtype: of the products.
+        surroundings: what else went on meanwhile.
     """
     tokens = settings.rows_per_step * settings.row_length
     speeds = [tokens / seconds for seconds in result.step_seconds]
@@ -43,6 +46,7 @@ def describe_run(
     note = f"of steps {first} to {last} alone, the run was resumed" if 1 < first <= last else ""
     if not speeds:
         note = "every step was done before the run was resumed"
+    note = "; ".join([*([note] if note else []), *surroundings])
     speed = statistics.median(speeds) if speeds else None
     numbers = np.unique(np.linspace(0, len(rows) - 1, BEARING_ROWS, dtype=np.int64))
     bearing = rows.bearing(numbers) / (len(numbers) * settings.row_length)

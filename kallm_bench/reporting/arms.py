@@ -84,7 +84,7 @@ def variants(name: str, records: Sequence[RunRecord], known: Mapping[str, RunRec
         records: of one suite and testbed, oldest first.
         known: every record there is, by id, to follow parents in.
     """
-    found: dict[str, list[list[RunRecord]]] = defaultdict(list)
+    found: dict[str, dict[str, list[list[RunRecord]]]] = defaultdict(lambda: defaultdict(list))
     mine = [record for record in records if record.arm == name]
     for seed in sorted({record.seed for record in mine}):
         newest = {record.stage: record for record in mine if record.seed == seed}
@@ -96,9 +96,21 @@ def variants(name: str, records: Sequence[RunRecord], known: Mapping[str, RunRec
         for answers in [[each] for each in asked.values()] or [[]]:
             line = [*base, *answers, *profiled]
             of_seed = [*_retrofits(line or list(newest.values()), known), *line]
-            found[_signature(of_seed) + _base(of_seed, known)].append(of_seed)
-    arms = [arm for seeds in found.values() if (arm := _arm(name, seeds, known)).measured]
+            alike = [record for record in of_seed if record.stage != "profile"]
+            found[_signature(alike) + _base(of_seed, known)][_signature(profiled)].append(of_seed)
+    several = [seeds for profiled in found.values() for seeds in _with_unprofiled(profiled)]
+    arms = [arm for seeds in several if (arm := _arm(name, seeds, known)).measured]
     return [dataclasses.replace(arm, number=number if len(arms) > 1 else 0) for number, arm in enumerate(arms, start=1)]
+
+
+def _with_unprofiled(found: dict[str, list[list[RunRecord]]]) -> list[list[list[RunRecord]]]:
+    """Seeds alike in all but their profiles, by these; a seed without one belongs to the first: speed knows no seed."""
+    unprofiled = found.pop(_signature([]), [])
+    groups = list(found.values())
+    if not groups:
+        return [unprofiled]
+    groups[0].extend(unprofiled)
+    return [sorted(seeds, key=lambda seed: seed[0].seed) for seeds in groups]
 
 
 def _weights(newest: Mapping[str, RunRecord]) -> str | None:

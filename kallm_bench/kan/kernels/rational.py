@@ -161,8 +161,8 @@ def _forward(
     denominator,  # (G, Q)
     y_pointer,
     END,  # chunks in all rows
-    CHUNKS,  # to a row
-    GROUP,  # chunks to a group
+    CHUNKS: tl.constexpr,  # to a row; known beforehand, since a division by it stands before everything else
+    GROUP: tl.constexpr,  # chunks to a group
     P: tl.constexpr,
     Q: tl.constexpr,
     ABSOLUTE: tl.constexpr,
@@ -170,12 +170,13 @@ def _forward(
     CHUNK: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    group = ((first % CHUNKS).to(tl.int32) + tl.arange(0, BLOCK)) % CHUNKS // GROUP
-    a = _coefficients(numerator, group, P + 1, False)
-    b = _coefficients(denominator, group, Q, ABSOLUTE)
     offset = tl.arange(0, BLOCK * CHUNK)
     mask = offset < tl.minimum(END - first, BLOCK).to(tl.int32) * CHUNK
-    x = _by_chunk(tl.load(x_pointer + first * CHUNK + offset, mask=mask, other=0.0), 1, BLOCK, CHUNK)
+    loaded = tl.load(x_pointer + first * CHUNK + offset, mask=mask, other=0.0)  # on its way before all that follows
+    group = (tl.program_id(0) % CHUNKS * BLOCK + tl.arange(0, BLOCK)) % CHUNKS // GROUP
+    a = _coefficients(numerator, group, P + 1, False)
+    b = _coefficients(denominator, group, Q, ABSOLUTE)
+    x = _by_chunk(loaded, 1, BLOCK, CHUNK)
     z = tl.abs(x) if ABSOLUTE else x
     above, _ = _polynomial(x, a, P + 1)
     divisor, _ = _polynomial(z, b, Q)
