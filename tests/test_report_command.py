@@ -112,7 +112,7 @@ def test_what_is_set_aside_is_named_and_the_rest_reported(home: Path, kallm: Run
 
 @pytest.mark.parametrize("width", [60, 100, 400])
 def test_tables_are_readable_on_any_terminal(home: Path, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "out", Console(file=(file := io.StringIO()), width=width))
+    monkeypatch.setattr(console.streams, "out", Console(file=(file := io.StringIO()), width=width))
     tables = build_tables(ResultsStore("results"))
     console.show_tables([dataclasses.replace(table, notes=()) for table in tables])
     lines = file.getvalue().splitlines()

@@ -222,7 +222,7 @@ def test_a_narrow_terminal_is_told_what_matters_most(monkeypatch: pytest.MonkeyP
     shown = {}
     for width in range(20, 160, 4):
         err = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-        monkeypatch.setattr(console, "err", err)
+        monkeypatch.setattr(console.streams, "err", err)
         lines = console.Lines()
         lines.add_task("training", total=281, completed=100, note=NOTE)
         err.print(lines.make_tasks_table(lines.tasks))
@@ -238,8 +238,8 @@ def test_a_narrow_terminal_is_told_what_matters_most(monkeypatch: pytest.MonkeyP
 
 def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     err, now = Console(file=io.StringIO(), width=200), [0.0]
-    monkeypatch.setattr(console, "err", err)
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console.streams, "err", err)
+    monkeypatch.setattr(console.display.time, "monotonic", lambda: now[0])
     with console.Display() as display:
         for step in range(1, 101):
             now[0] += 1.0
@@ -338,8 +338,8 @@ def test_a_dry_run_of_training_counts_what_training_does(home: Path, kallm: Run)
 def test_what_it_would_take_is_shown_with_whether_it_fits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "out", Console(width=250))
-    monkeypatch.setattr(console, "err", Console(width=250, stderr=True))
+    monkeypatch.setattr(console.streams, "out", Console(width=250))
+    monkeypatch.setattr(console.streams, "err", Console(width=250, stderr=True))
     coming = Budget(10, 640, 10**9, 10**6, 75.0, {"peak_resident_bytes": 3 * 2**30}, "measured", rows_at_once=4)
     assert coming.disk_bytes == 4 * 10**9 + 12 * 10**6
     console.show_training(coming, Room(2 * 2**30, 2**40), as_json=False)
@@ -358,7 +358,7 @@ def test_what_it_would_take_is_shown_with_whether_it_fits(
 
 @pytest.mark.parametrize("width", [50, 90, 500])
 def test_a_table_of_many_arms_is_readable_on_any_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "out", Console(file=(file := io.StringIO()), width=width))
+    monkeypatch.setattr(console.streams, "out", Console(file=(file := io.StringIO()), width=width))
     coming = Budget(10, 640, 10**9, 10**6, 7500.0, {}, "measured", rows_at_once=4)
     cells = [CellForecast(f"arm-{n}", str(n), "cheby2", budget=coming) for n in range(12)]
     console.show_cells(cells, Room(2**40, 2**40), as_json=False)

@@ -1,0 +1,187 @@
+"""How work is seen to go on: bars on a terminal, and a line now and then where there is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from kallm_bench.console import streams
+from kallm_bench.console.grids import minutes
+
+PLAIN_EVERY_SECONDS = 15.0
+"""Without a terminal there is no bar to redraw: a line now and then, so that a log shows that work goes on."""
+
+NOTES = 4
+"""Parts of a note that are shown."""
+
+MAIN_WORKS = ("training", "questions", "contenders")
+"""Of what a part of a plan consists of, the works that take its time."""
+
+SKIPPED_SECONDS = 3.0
+"""A part that is over sooner was done by an earlier run."""
+
+
+class NotePart(ProgressColumn):
+    """One part of a task's note; see Watch."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def render(self, task: Task) -> Text:
+        parts = task.fields["note"].split(", ")
+        return Text(parts[self.number] if self.number < len(parts) else "", no_wrap=True)
+
+
+class Lines(Progress):
+    """A line a task; where the terminal is too narrow for it, what matters less is left out."""
+
+    def __init__(self) -> None:
+        notes = [NotePart(number) for number in range(NOTES)]
+        bar, elapsed, left = BarColumn(bar_width=20), TimeElapsedColumn(), _Left()
+        work = TextColumn("{task.description}", markup=False)
+        self.dispensable: list[ProgressColumn] = [bar, elapsed, *reversed(notes[1:]), left, notes[0]]
+        super().__init__(
+            work, bar, MofNCompleteColumn(), *notes, elapsed, left,
+            console=streams.err, transient=True, speed_estimate_period=300,
+        )  # fmt: skip
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> RichTable:
+        every, tasks = self.columns, list(tasks)
+        wide = streams.err.options.update(max_width=10_000)
+        try:
+            for count in range(len(self.dispensable) + 1):
+                self.columns = tuple(column for column in every if column not in self.dispensable[:count])
+                table = super().make_tasks_table(tasks)
+                if table.__rich_measure__(streams.err, wide).maximum <= streams.err.width:
+                    break
+        finally:
+            self.columns = every
+        return table
+
+
+class _Left(TimeRemainingColumn):
+    """The time left, with the word."""
+
+    def render(self, task: Task) -> Text:
+        return Text("left ") + super().render(task)
+
+
+class Display:
+    """Shows progress while it is entered; it is the Watch that stages are given.
+
+    With `plan`, the predicted work of each part, it also shows how much of the whole is done and how long the rest will
+    take. Predictions need only be right relative to each other.
+
+    A work of which nothing is counted is a word about how it goes: said once, and on a terminal left standing above the
+    bars. `silent` shows nothing.
+    """
+
+    def __init__(self, plan: dict[str, float] | None = None, silent: bool = False) -> None:
+        self.plan = plan or {}
+        self.silent = silent
+        self.last_word = ""
+        self.part = ""
+        self.finished = 0.0
+        self.part_began = self.began = time.monotonic()
+        self.last_plain = 0.0
+        self.last_work = ""
+        self.heard = ("", 0, 0, 0.0)
+        self.progress = Lines()
+        self.whole: TaskID | None = None
+        self.current: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        if streams.err.is_terminal and not self.silent:
+            self.progress.start()
+            if self.plan:
+                self.whole = self.progress.add_task("all", total=100, note="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if streams.err.is_terminal:
+            self.progress.stop()
+
+    def begin(self, part: str) -> None:
+        """A part of the plan begins; the one before it is done."""
+        now = time.monotonic()
+        if now - self.part_began < SKIPPED_SECONDS:
+            self.plan.pop(self.part, None)  # was done before; counted as work it would promise too much
+        self.finished += self.plan.get(self.part, 0.0)
+        self.part, self.part_began = part, now
+
+    def __call__(self, work: str, done: int, total: int, note: str = "") -> None:
+        if self.silent:
+            return
+        if not total and not done:
+            if work != self.last_word:
+                streams.tell(work)
+            self.last_word = work
+            return
+        share = self._share(work, done, total)
+        left = self._left(share) or self._left_of_work(work, done, total)
+        if not streams.err.is_terminal:
+            self._plain(work, done, total, note, left)
+            return
+        if self.whole is not None:
+            description = f"all of it, {self.part}" if self.part else "all of it"
+            self.progress.update(
+                self.whole,
+                completed=round(100 * share),
+                description=description,
+                note=f"about {left} left" if left else "",
+            )
+        if self.current is None or work != self.last_work:
+            if self.current is not None:
+                self.progress.remove_task(self.current)
+            # what an earlier run has done says nothing of the speed of this one
+            self.current = self.progress.add_task(work, total=total or None, completed=done, note=note)
+            self.last_work = work
+        self.progress.update(self.current, completed=done, total=total or None, note=note)
+
+    def _share(self, work: str, done: int, total: int) -> float:
+        """How much of the whole plan is done, 0 to 1; of a part that is several works, the main one counts."""
+        whole = sum(self.plan.values())
+        within = self.plan.get(self.part, 0.0) * (done / total if total and work in MAIN_WORKS else 0.0)
+        return (self.finished + within) / whole if whole else 0.0
+
+    def _left(self, share: float) -> str:
+        elapsed = time.monotonic() - self.began
+        if share < 0.02:
+            return ""
+        return minutes(elapsed * (1 - share) / share)
+
+    def _left_of_work(self, work: str, done: int, total: int) -> str:
+        """By the speed since this work was first heard of; where there is no plan, that is all that is known."""
+        now = time.monotonic()
+        if self.plan or (work, total) != self.heard[:2]:
+            self.heard = (work, total, done, now)
+            return ""
+        _, _, first, began = self.heard
+        return minutes((now - began) * (total - done) / (done - first)) if first < done < total else ""
+
+    def _plain(self, work: str, done: int, total: int, note: str, left: str) -> None:
+        now = time.monotonic()
+        if total == 1 and done == 0:
+            return  # short works of one piece are for those who look on
+        if work == self.last_work and done < max(total, 1) and now - self.last_plain < PLAIN_EVERY_SECONDS:
+            return
+        if work == self.last_work and done == total and now - self.last_plain < 1:
+            return
+        self.last_plain, self.last_work = now, work
+        parts = [self.part, f"{work} {done}/{total}" if total else work, note, f"about {left} left" if left else ""]
+        streams.err.print(", ".join(part for part in parts if part), soft_wrap=True)
