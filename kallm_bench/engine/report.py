@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kallm_bench.files import write_file
-from kallm_bench.records import ResultsStore, RunRecord
+from kallm_bench.records import Ending, ResultsStore, RunRecord
 from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
 from kallm_bench.suites import Suite
 
@@ -28,8 +28,8 @@ def write_report(store: ResultsStore, suite: Suite, testbed: str, records: Seque
     ran = {(record.arm, record.seed) for record in records}
     ids = {record.id for record in records}
 
-    def stands(record: RunRecord) -> bool:
-        return record.id in ids if (record.arm, record.seed) in ran else record.arm in suite.arms
+    def stands(filed: RunRecord | Ending) -> bool:
+        return filed.id in ids if (filed.arm, filed.seed) in ran else filed.arm in suite.arms
 
     tables = build_tables(store, suite.name, testbed, stands)
     folder = store.folder / testbed / suite.name

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
-
-import torch
+from collections.abc import Callable, Sequence
 
 from kallm_bench.bbh.tasks import TASKS
 from kallm_bench.engine.cells import check_cell, part_of, run_cell
 from kallm_bench.engine.costs import profile_kernels
-from kallm_bench.errors import Interrupted, KallmError
+from kallm_bench.engine.failures import Place, Ran, apart, failed_before
+from kallm_bench.errors import KallmError
 from kallm_bench.files import check_writable
 from kallm_bench.filing import Bench
-from kallm_bench.profiling import KernelProblem, first_line, give_back
+from kallm_bench.profiling import KernelProblem
 from kallm_bench.records import RunRecord
 from kallm_bench.reporting import Figure, judged, written
 from kallm_bench.suites import Cell, Suite
-
-
-class Ran(NamedTuple):
-    """What a suite's run came to: the records of the cells that ended well, and "arm, seed 0" -> why of the others."""
-
-    records: list[RunRecord]
-    failures: dict[str, str]
 
 
 def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda part: None) -> Ran:
@@ -38,6 +26,7 @@ def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda 
     """
     bench = dataclasses.replace(bench, suite=suite.name)
     check_writable(bench.runs)
+    failed = failed_before(bench)
     bench.watch("checking the suite", 0, 1)
     for cell in suite.cells:
         try:
@@ -46,31 +35,15 @@ def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda 
             raise type(error)(f"arm '{cell.arm}': {error}") from error
     ran = Ran([], {})
     for cell in suite.cells:
-        with _apart(bench, ran, f"{cell.arm}, seed {cell.seed}"):
-            records = run_cell(bench, cell, begin)
+        with apart(bench, ran, Place(cell.arm, cell.seed), failed, begin) as begun:
+            records = run_cell(bench, cell, begun)
             ran.records.extend(records)
             bench.watch(_ended(cell, records), 0, 0)
     for problem in suite.kernels:
-        begin(problem.arm)
-        with _apart(bench, ran, problem.arm):
+        with apart(bench, ran, Place(problem.arm), failed, begin) as begun:
+            begun(problem.arm)
             ran.records.append(profile_kernels(bench, problem))
     return ran
-
-
-@contextmanager
-def _apart(bench: Bench, ran: Ran, name: str) -> Iterator[None]:
-    """Notes why what is inside failed, and goes on after it; a stop that was asked for is none."""
-    try:
-        yield
-        return
-    except Interrupted:
-        raise
-    except KallmError as error:
-        ran.failures[name] = str(error)
-    except Exception as error:  # a bug, a library, the machine: the other cells are worth as much as before
-        ran.failures[name] = _told(error)
-    bench.watch(f"{name} failed: {ran.failures[name]}", 0, 0)
-    give_back(bench.device)
 
 
 SHOWN = {"heldout_loss": "held-out loss", "class_accuracy": "right", "train_tokens_per_second": "training tokens/s"}
@@ -86,14 +59,6 @@ def _ended(cell: Cell, records: Sequence[RunRecord]) -> str:
                 found[label] = written(name, Figure(value, *judged(record, name)))
     figures = ", ".join(f"{label} {value}" for label, value in found.items())
     return f"{cell.arm}, seed {cell.seed}: {figures or 'done'}"
-
-
-def _told(error: Exception) -> str:
-    """One line of an error that nobody foresaw, with where it came from."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return "out of memory; a smaller --batch-size, --hidden, --length or --row-length needs less"
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{first_line(error)} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def plan_of(suite: Suite) -> dict[str, float]:

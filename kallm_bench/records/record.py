@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -124,7 +125,7 @@ class RunRecord:
         """
         try:
             data = json.loads(text)
-            _check_types(data, RunRecord, "the record")
+            check_types(data, RunRecord, "the record")
             schema = data["schema"]
             if schema != SCHEMA:
                 raise RecordError(f"written in schema {schema}, this program reads {SCHEMA}")
@@ -153,22 +154,20 @@ NEEDED = {
 _KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "tuple": list, "dict": dict, "Sequence": list}
 
 
+@functools.cache
 def _fields(kind: type) -> list[tuple[str, Any, bool]]:
     """(name, types that JSON may give it, whether null will do) of each field of a dataclass."""
     written = [(entry.name, str(entry.type)) for entry in dataclasses.fields(kind)]
     return [(name, _KINDS[of.partition("[")[0].partition(" ")[0]], "None" in of) for name, of in written]
 
 
-_FIELDS: dict[type, list[tuple[str, Any, bool]]] = {kind: _fields(kind) for kind in (RunRecord, Metric, Artifact)}
-
-
-def _check_types(data: Any, kind: type, where: str, number: int = -1) -> None:
-    """Refuses JSON that a record cannot be made of, with the field's name: TypeError."""
+def check_types(data: Any, kind: type, where: str, number: int = -1) -> None:
+    """Refuses JSON that a dataclass of records cannot be made of, with the field's name: TypeError."""
     if not isinstance(data, dict):
         raise TypeError(f"{_place(where, number)} is no JSON object")
     shape = (kind, *data, *map(type, data.values()))
     if shape not in _GOOD:
-        for name, types, nullable in _FIELDS[kind]:
+        for name, types, nullable in _fields(kind):
             value = data.get(name, _MISSING)
             if value is _MISSING or (value is None and nullable):
                 continue  # what is missing is found when the record is made
@@ -177,7 +176,7 @@ def _check_types(data: Any, kind: type, where: str, number: int = -1) -> None:
         _GOOD.add(shape)
     for name, part in (("metrics", Metric), ("artifacts", Artifact)) if kind is RunRecord else ():
         for place, each in enumerate(data.get(name, [])):
-            _check_types(each, part, name, place)
+            check_types(each, part, name, place)
 
 
 def _place(where: str, number: int) -> str:

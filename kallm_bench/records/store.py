@@ -10,16 +10,22 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kallm_bench.errors import RecordError
 from kallm_bench.files import check_writable, explained, sweep_partial, write_file
+from kallm_bench.records.endings import Ending
 from kallm_bench.records.record import RunRecord
 
 TESTBED_FILE = "testbed.json"
+
+ENDINGS_FOLDER = "endings"
+"""Below a suite's folder; beside the records, one would be taken for a damaged record by those who only know these."""
+
+_Filed = TypeVar("_Filed", RunRecord, Ending)
 
 
 class ResultsStore:
@@ -57,6 +63,15 @@ class ResultsStore:
         self.written.add(record.id)
         return path
 
+    def write_ending(self, ending: Ending) -> Path:
+        """Writes how a cell ended, whole or not at all. Raises as `write` does."""
+        path = self._folder_of(ending) / ENDINGS_FOLDER / f"{ending.id}.json"
+        try:
+            write_file(path, ending.to_json().encode(), new=True)
+        except FileExistsError:
+            raise RecordError(_EXISTS.format(ending.id)) from None
+        return path
+
     def samples_path(self, record: RunRecord) -> Path:
         return self._folder_of(record) / f"{record.id}.samples.jsonl.gz"
 
@@ -79,27 +94,41 @@ class ResultsStore:
         files that are copies of each other one is kept.
         """
         self.damaged = []
+        records = self._read("*.json", RunRecord.from_json, suite, testbed)
+        self.damaged += [
+            (path, "not the description of a testbed: machines with records here may not be known again")
+            for path in self.folder.glob(f"{glob.escape(testbed) if testbed else '*'}/{TESTBED_FILE}")
+            if not _read_json(path)
+        ]
+        self.damaged.sort()
+        return sorted(records, key=lambda record: (record.started, record.id))
+
+    def endings(self, suite: str | None = None, testbed: str | None = None) -> list[Ending]:
+        """All readable endings of cells that failed, oldest first; see `records`, whose `damaged` the others join."""
+        depth = len(self.folder.parts) + len(("testbed", "suite", ENDINGS_FOLDER, "file"))
+        self.damaged = [(path, reason) for path, reason in self.damaged if len(path.parts) != depth]
+        endings = self._read(f"{ENDINGS_FOLDER}/*.json", Ending.from_json, suite, testbed)
+        self.damaged.sort()
+        return sorted(endings, key=lambda ending: (ending.ended, ending.id))
+
+    def _read(
+        self, files: str, parsed: Callable[[str], _Filed], suite: str | None, testbed: str | None
+    ) -> list[_Filed]:
+        """What can be read of the files of this pattern below a suite's folder; the others go to `damaged`."""
+        where = (glob.escape(testbed) if testbed else "*", glob.escape(suite) if suite else "*", files)
         found: dict[str, list[Path]] = defaultdict(list)
-        records = []
-        where = (glob.escape(testbed) if testbed else "*", glob.escape(suite) if suite else "*")
+        kept: dict[str, _Filed] = {}
         with collector_paused():
-            for path in sorted(self.folder.glob("/".join((*where, "*.json"))), key=_by_testbed):
+            for path in sorted(self.folder.glob("/".join(where)), key=self._by_testbed):
                 try:
-                    record = _moved(RunRecord.from_json(path.read_text(encoding="utf-8")), path)
+                    each = self._moved(parsed(path.read_text(encoding="utf-8")), path)
                 except (RecordError, UnicodeDecodeError, OSError) as error:
                     self.damaged.append((path, str(error)))
                     continue
-                found[record.id].append(path)
-                records.append(record)
-        self.damaged += [
-            (path, "not the description of a testbed: machines with records here may not be known again")
-            for path in self.folder.glob(f"{where[0]}/{TESTBED_FILE}")
-            if not _read_json(path)
-        ]
-        unclear = self._set_aside({id_: files for id_, files in found.items() if len(files) > 1})
-        self.damaged.sort()
-        kept = {record.id: record for record in reversed(records) if record.id not in unclear}  # the first of copies
-        return sorted(kept.values(), key=lambda record: (record.started, record.id))
+                found[each.id].append(path)
+                kept.setdefault(each.id, each)  # the first of copies
+        unclear = self._set_aside({id_: paths for id_, paths in found.items() if len(paths) > 1})
+        return [each for id_, each in kept.items() if id_ not in unclear]
 
     def _set_aside(self, doubled: dict[str, list[Path]]) -> set[str]:
         """Names files with the same id; returns the ids of those that differ, of which none can be believed."""
@@ -168,8 +197,21 @@ class ResultsStore:
                 (self.folder / old).rename(self.folder / name)
         return name
 
-    def _folder_of(self, record: RunRecord) -> Path:
-        return self.folder / record.testbed / record.suite
+    def _folder_of(self, filed: RunRecord | Ending) -> Path:
+        return self.folder / filed.testbed / filed.suite
+
+    def _testbed_of(self, path: Path) -> str:
+        """The testbed that a file is filed under."""
+        return path.parts[len(self.folder.parts)]
+
+    def _by_testbed(self, path: Path) -> tuple[bool, Sequence[str]]:
+        """Named testbeds first, so that of two copies that of a testbed that was named since is kept."""
+        return self._testbed_of(path).startswith("local-"), path.parts
+
+    def _moved(self, filed: _Filed, path: Path) -> _Filed:
+        """What was read, as it is filed now: a testbed that has been named since keeps its records."""
+        testbed = self._testbed_of(path)
+        return filed if filed.testbed == testbed else type(filed)(**{**vars(filed), "testbed": testbed})
 
 
 _EXISTS = "a record '{}' exists already; records are never rewritten"
@@ -186,17 +228,6 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _by_testbed(path: Path) -> tuple[bool, Sequence[str]]:
-    """Named testbeds first, so that of two copies that of a testbed that was named since is kept."""
-    return path.parent.parent.name.startswith("local-"), path.parts
-
-
-def _moved(record: RunRecord, path: Path) -> RunRecord:
-    """The record as it is filed now: a testbed that has been named since keeps its records."""
-    folder = path.parent.parent.name
-    return record if record.testbed == folder else RunRecord(**{**vars(record), "testbed": folder})
 
 
 def _fingerprint(identity: dict[str, Any]) -> str:

@@ -10,12 +10,14 @@ import ast
 import math
 import operator
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kallm_bench.errors import RecordError, unknown
 from kallm_bench.records import METRICS, kind_of
+from kallm_bench.reporting.failures import SEED, why_missing
 from kallm_bench.reporting.table import Row, Table
 
 ARITHMETIC: dict[type, Callable[[float, float], float]] = {
@@ -42,33 +44,74 @@ class Outcome:
     values: str
 
 
+KINDS = ("arms", "failures")
+"""The tables that know of arms."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A suite on a testbed: the rows of its arms, and of what failed."""
+
+    title: str
+    rows: Sequence[Row]
+    failed: Sequence[Row]
+
+    @property
+    def arms(self) -> set[str]:
+        """What rows may be called by: their names, and with a number where several go by one."""
+        return {name for row in (*self.rows, *self.failed) for name in (row.name, row.label)}
+
+    def value(self, arm: str, metric: str) -> float:
+        """The figure that the arm has there, or an error that says why it has none."""
+        called = [row for row in self.rows if arm in (row.name, row.label)]
+        having = [row for row in called if metric in row.figures]
+        if not having:
+            why = [why_missing(row) for row in self.failed if arm == row.name]
+            measured = sorted({name for row in called for name in row.figures})
+            told = [*why, f"it has {', '.join(measured) or 'no figures'}"]
+            raise RecordError(f"{self.title}: {arm} has no {metric}; {'; '.join(told)}")
+        if len(having) > 1:
+            labels = ", ".join(row.label for row in having)
+            raise RecordError(
+                f"{self.title}: {len(having)} rows go by '{arm}'; name one: {labels}. The notes tell them apart"
+            )
+        return _in_points(having[0], metric)
+
+    def reservation(self, arm: str) -> str:
+        """What to say beside a figure of an arm of which something failed when it was last run."""
+        failed = [f"seed {row.words[SEED]}" for row in self.failed if arm == row.name]
+        return f" ({', '.join(failed)} failed when last run)" if failed else ""
+
+
 def check(expression: str, tables: Sequence[Table]) -> list[Outcome]:
-    """Asks a condition of each suite and testbed that has all its arms.
+    """Asks a condition of each suite and testbed that has all its arms, or where they failed.
 
     Raises:
-        RecordError: it does not read, no table has its arms or metrics, or an arm stands there in several rows.
+        RecordError: it does not read, no table has its arms or metrics, an arm stands there in several rows, or it has
+            no figure since it failed.
     """
-    tables = [table for table in tables if table.kind == "arms"]
     names, condition = _read(expression, tables)
-    having = [table for table in tables if {arm for arm, _ in names.values()} <= _arms(table)]
+    having = [each for each in _places(tables) if {arm for arm, _ in names.values()} <= each.arms]
     if not having:
         raise RecordError(f"no suite and testbed has all arms of '{expression}'")
     outcomes = []
-    for table in having:
-        values = {name: _value(table, arm, metric) for name, (arm, metric) in names.items()}
-        told = ", ".join(f"{arm}.{metric} = {values[name]:.6g}" for name, (arm, metric) in names.items())
+    for place in having:
+        values = {name: place.value(arm, metric) for name, (arm, metric) in names.items()}
+        told = ", ".join(
+            f"{arm}.{metric} = {values[name]:.6g}{place.reservation(arm)}" for name, (arm, metric) in names.items()
+        )
         try:
             holds = bool(_evaluated(condition, values, expression))
         except ZeroDivisionError:
             raise RecordError(f"'{expression}' divides by zero: {told}") from None
-        outcomes.append(Outcome(table.title, holds, told))
+        outcomes.append(Outcome(place.title, holds, told))
     return outcomes
 
 
 def _read(expression: str, tables: Sequence[Table]) -> tuple[dict[str, tuple[str, str]], ast.expr]:
     """Placeholder -> (arm, metric), and the condition with them. Names may hold signs: the longest that fits counts."""
-    arms = {arm for table in tables for arm in _arms(table)}
-    metrics = {metric for table in tables for metric in table.metrics}
+    arms = {arm for place in _places(tables) for arm in place.arms}
+    metrics = {metric for table in tables if table.kind in KINDS for metric in table.metrics}
     operand = re.compile(rf"(?<![\w.])({_any_of(arms)})\.({_any_of(metrics)}|[A-Za-z_]\w*)(?!\w)")
     names: dict[str, tuple[str, str]] = {}
 
@@ -91,28 +134,21 @@ def _read(expression: str, tables: Sequence[Table]) -> tuple[dict[str, tuple[str
     return names, condition
 
 
-def _arms(table: Table) -> set[str]:
-    """What rows may be called by: their names, and with a number where several go by one."""
-    return {name for row in table.rows for name in (row.name, row.label)}
+def _places(tables: Sequence[Table]) -> list[Place]:
+    """Each suite and testbed of these tables, in their order."""
+    found: dict[tuple[str, str], dict[str, Sequence[Row]]] = defaultdict(dict)
+    for table in tables:
+        if table.kind in KINDS:
+            found[table.suite, table.testbed][table.kind] = table.rows
+    return [
+        Place(f"{suite} on {testbed}", kinds.get("arms", ()), kinds.get("failures", ()))
+        for (suite, testbed), kinds in found.items()
+    ]
 
 
 def _any_of(names: Iterable[str]) -> str:
     """A pattern for any of these names, the longest first; for none of none."""
     return "|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))) or "(?!)"
-
-
-def _value(table: Table, arm: str, metric: str) -> float:
-    called = [row for row in table.rows if arm in (row.name, row.label)]
-    having = [row for row in called if metric in row.figures]
-    if not having:
-        measured = sorted({name for row in called for name in row.figures})
-        raise RecordError(f"{table.title}: {arm} has no {metric}; it has {', '.join(measured) or 'no figures'}")
-    if len(having) > 1:
-        labels = ", ".join(row.label for row in having)
-        raise RecordError(
-            f"{table.title}: {len(having)} rows go by '{arm}'; name one: {labels}. The notes tell them apart"
-        )
-    return _in_points(having[0], metric)
 
 
 def _same(a: float, b: float) -> bool:

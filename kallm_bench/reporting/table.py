@@ -16,6 +16,7 @@ SUBTITLES = {
     "training": ": training steps",
     "overview": ": layers alone, at a glance",
     "kernels": ": layers alone",
+    "failures": ": what failed",
 }
 """What a table's kind adds to its title."""
 

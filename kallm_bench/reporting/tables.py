@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kallm_bench.errors import RecordError, unknown
-from kallm_bench.records import WIDE_SPREAD, ResultsStore, RunRecord
+from kallm_bench.records import WIDE_SPREAD, Ending, ResultsStore, RunRecord, standing_failures
 from kallm_bench.records.store import collector_paused
 from kallm_bench.reporting.answers import AnswerBook
 from kallm_bench.reporting.arms import Arm, variants
 from kallm_bench.reporting.differences import differences_table
+from kallm_bench.reporting.failures import failure_notes, failures_table, why_missing
 from kallm_bench.reporting.kernels import KERNEL_COLUMNS, WIDE, figures_of, kernel_notes, newest_problems, problem_of
 from kallm_bench.reporting.memory import Memory
 from kallm_bench.reporting.notes import notes
@@ -30,13 +31,14 @@ def build_tables(
     store: ResultsStore,
     suite: str | None = None,
     testbed: str | None = None,
-    stands: Callable[[RunRecord], bool] = lambda record: True,
+    stands: Callable[[RunRecord | Ending], bool] = lambda filed: True,
     reference: str | None = None,
     memory: Memory | None = None,
 ) -> list[Table]:
-    """The tables of each suite and testbed in the store, or of those named; of the records that `stands` lets pass.
+    """The tables of each suite and testbed in the store, or of those named; of what `stands` lets pass.
 
     Args:
+        stands: asked of each record, and of each failure that no later success has made void.
         reference: the arm that others are set beside; without it, each KAN is set beside its linear control.
         memory: what earlier reports computed; what this one does joins it, for its owner to keep.
 
@@ -48,10 +50,17 @@ def build_tables(
     for record in known.values():
         if suite in (None, record.suite) and testbed in (None, record.testbed) and stands(record):
             groups[record.testbed, record.suite].append(record)
+    failed: dict[tuple[str, str], list[Ending]] = defaultdict(list)
+    for failure in standing_failures(store.endings(suite, testbed), known.values()):
+        if stands(failure):
+            failed[failure.testbed, failure.suite].append(failure)
     with collector_paused():
-        tables = _tables(store, groups, known, reference, AnswerBook(store, memory or Memory()))
+        tables = _tables(store, groups, failed, known, reference, AnswerBook(store, memory or Memory()))
     if reference is not None and not any(table.kind == "differences" and table.rows for table in tables):
         names = {row.name for table in tables if table.kind == "arms" for row in table.rows if row.seeds}
+        for row in (row for table in tables if table.kind == "failures" for row in table.rows):
+            if row.name == reference and reference not in names:
+                raise RecordError(f"{reference} has no figures: {why_missing(row)}")
         if reference not in names and names:
             raise RecordError(unknown("arm", reference, names))
     return [table for table in tables if table.rows]
@@ -60,16 +69,19 @@ def build_tables(
 def _tables(
     store: ResultsStore,
     groups: Mapping[tuple[str, str], Sequence[RunRecord]],
+    failed: Mapping[tuple[str, str], Sequence[Ending]],
     known: Mapping[str, RunRecord],
     reference: str | None,
     book: AnswerBook,
 ) -> list[Table]:
     """All tables of each (testbed, suite), those without rows too."""
     tables = []
-    for (where, name), records in sorted(groups.items()):
+    for where, name in sorted({*groups, *failed}):
+        records, failures = groups.get((where, name), ()), failed.get((where, name), ())
         of_models = [record for record in records if record.stage != "kernels"]
         arms = _arms(of_models, known)
-        tables.append(_table(book, name, where, store.describe(where), arms))
+        tables.append(_table(book, name, where, store.describe(where), arms, failures))
+        tables.append(failures_table(name, where, failures))
         tables.append(differences_table(book, name, where, arms, reference))
         tables.append(starts_table(name, where, of_models))
         tables.append(_training(name, where, of_models))
@@ -85,11 +97,21 @@ def _arms(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> list[
     return [arm for name, of_arm in of_name.items() for arm in variants(name, of_arm, known)]
 
 
-def _table(book: AnswerBook, suite: str, testbed: str, machine: dict[str, Any], arms: Sequence[Arm]) -> Table:
+def _table(
+    book: AnswerBook,
+    suite: str,
+    testbed: str,
+    machine: dict[str, Any],
+    arms: Sequence[Arm],
+    failed: Sequence[Ending],
+) -> Table:
     if not arms:
         return Table(suite, testbed, (), (), (), ())
     rows = [*(arm_row(book, arm) for arm in arms), *chance_rows(arms)]
-    below = notes(suite, machine, arms, [figure for row in rows for figure in row.figures.values()])
+    below = [
+        *failure_notes(failed),
+        *notes(suite, machine, arms, [figure for row in rows for figure in row.figures.values()]),
+    ]
     used = {metric for row in rows for metric in row.figures}
     columns = [(metric, heading) for _, metric, heading in STAGE_COLUMNS if metric in used]
     return Table(suite, testbed, tuple(rows), tuple(below), *_unzipped(columns))

@@ -91,14 +91,19 @@ def grid(table: Table) -> list[list[str]]:
 
 def about(table: Table) -> tuple[str, ...]:
     """The headings of what rows are called and what they are."""
-    known = {"overview": ("problem",), "kernels": ("problem", "contender"), "differences": ("arm", "seeds")}
+    known = {
+        "overview": ("problem",),
+        "kernels": ("problem", "contender"),
+        "differences": ("arm", "seeds"),
+        "failures": ("arm",),
+    }
     return known.get(table.kind, ("arm", "what", "seeds"))
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
     """All tables, each with its notes, and the published figures last where there are models to set beside them."""
     parts = [f"## {table.title}\n\n{markdown_table(table, notes=True)}" for table in tables]
-    if tables and all(table.kind in ("kernels", "overview") for table in tables):
+    if tables and all(table.kind in ("kernels", "overview", "failures") for table in tables):
         return "\n".join(parts)
     published = [[row.name, row.trainable, row.memory, row.accuracy] for row in PUBLISHED]
     header = ["published", "trained parameters", "GPU memory", "accuracy"]
