@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -151,9 +152,13 @@ def stores_of_eight_machines(folder: Path) -> list[Path]:
         for seed in range(2):
             bench.arm("untouched", seed, None, 2.0 + number / 10, right=4)
             bench.arm("kan", seed, {"basis": "cheby2", "degree": 2}, 2.0 + number / 10, right=(number + seed) % 9)
+        bench.ending("late", number % 3, "train", f"out of memory on machine {number}")
+        bench.ending("well", 0, "train", "not this time" if number % 2 else "")
     shutil.copytree(folder / "3", folder / "5", dirs_exist_ok=True)
     (folder / "6" / bench.testbed / "try" / "cut.json").parent.mkdir(exist_ok=True, parents=True)
     (folder / "6" / bench.testbed / "try" / "cut.json").write_text("{")
+    (folder / "6" / bench.testbed / "try" / "endings" / "cut.json").parent.mkdir(exist_ok=True)
+    (folder / "6" / bench.testbed / "try" / "endings" / "cut.json").write_text("{")
     return sorted(folder.iterdir())
 
 
@@ -166,7 +171,10 @@ def test_merging_in_any_order_gives_the_same_reports(tmp_path: Path, merges: int
         tables = build_tables(store)
         reports.add((to_markdown(tables), to_csv(tables), to_json(tables), str(store.damaged)))
     assert len(reports) == 1
-    assert reports.pop()[0].count("\n## try on") == 3  # of four kinds of machines, the first without a line before it
+    text, *_, set_aside = reports.pop()
+    assert len(re.findall(r"^## try on [\w-]+$", text, re.MULTILINE)) == 4  # kinds of machines
+    assert text.count(": what failed\n") == 4
+    assert set_aside.count("cut.json") == 2
 
 
 def _merged(parts: list[Path], into: Path, times: int, generator: np.random.Generator) -> Iterator[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from kallm_bench import engine
 from kallm_bench.engine import cells
 from kallm_bench.engine.training import train_model
 from kallm_bench.errors import Interrupted, KallmError, ModelError, SuiteError, TrainingError
+from kallm_bench.files import DiskError
 from kallm_bench.filing import Bench, find_ref
 from kallm_bench.models import KANSpec, complete_spec, load_model, parameters_of, retrofit, save_checkpoint
 from kallm_bench.records import ResultsStore
+from kallm_bench.reporting import Row, build_tables
 from kallm_bench.suites import find_suite, read_suite
 from kallm_bench.training import CurriculumSettings, DistillationSettings
 
@@ -370,7 +373,8 @@ def test_a_cell_that_fails_leaves_the_others_alone(
     told = dataclasses.replace(
         bench, watch=lambda work, done, total, note="": lines.append(work) if not total else None
     )
-    ran = engine.run_suite(told, read_suite(tmp_path / "three.toml"))
+    suite = read_suite(tmp_path / "three.toml")
+    ran = engine.run_suite(told, suite)
     assert [record.arm for record in ran.records if record.stage == "train"] == ["kan", "kan+all"]
     one, failed, last = (line for line in lines if ", seed 0" in line)
     losses = [f"{record.value('heldout_loss'):.3f}" for record in ran.records if record.stage == "train"]
@@ -379,6 +383,61 @@ def test_a_cell_that_fails_leaves_the_others_alone(
     assert last.startswith(f"kan+all, seed 0: held-out loss {losses[1]}, ")
     assert list(ran.failures) == ["kan+curriculum, seed 0"]
     assert says in ran.failures["kan+curriculum, seed 0"]
+    (row,) = _failed(bench)
+    assert (row.name, row.words["seed"], row.words["stage"]) == ("kan+curriculum", "0", "train")
+    assert row.words["why it failed"] == ran.failures["kan+curriculum, seed 0"]
+    report = engine.write_report(bench.store, suite, bench.testbed, ran.records).folder / "report.md"
+    assert f"| kan+curriculum | 0 | train | {ran.failures['kan+curriculum, seed 0']} |" in report.read_text()
+
+
+def _failed(bench: Bench) -> Sequence[Row]:
+    """What a report tells as failed."""
+    return [row for table in build_tables(bench.store) if table.kind == "failures" for row in table.rows]
+
+
+def test_a_cell_that_goes_well_after_all_is_no_failure_any_more(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all of it was done before it failed, so that success leaves no new record."""
+    (tmp_path / "one.toml").write_text(TAUGHT)
+    suite = read_suite(tmp_path / "one.toml", only=["kan"])
+    with monkeypatch.context() as broken:
+        broken.setattr(cells, "train_model", _fails)
+        engine.run_suite(bench, suite)
+        assert [row.words["why it failed"] for row in _failed(bench)] == ["the loss is infinite"]
+    assert not engine.run_suite(bench, suite).failures
+    assert not _failed(bench)
+    arms = [table for table in build_tables(bench.store) if table.kind == "arms"]
+    with monkeypatch.context() as broken:
+        broken.setattr(cells, "train_model", _fails)
+        engine.run_suite(bench, suite)
+    (table,) = [table for table in build_tables(bench.store) if table.kind == "arms"]
+    assert table.rows == arms[0].rows, "the results of a finished cell are gone"
+    assert table.notes[0].startswith("Failed when last run: kan, seed 0. ")
+    assert len(_failed(bench)) == 1
+    assert not engine.run_suite(bench, suite).failures
+    assert not _failed(bench)
+    assert [bool(each.reason) for each in bench.store.endings()] == [True, False, True, False]
+
+
+def _fails(*arguments: Any, **named: Any) -> Any:
+    raise TrainingError("the loss is infinite")
+
+
+def test_a_full_disk_keeps_no_failure_from_the_other_cells(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise DiskError("cannot write: no space left on device")
+
+    (tmp_path / "two.toml").write_text(TAUGHT)
+    monkeypatch.setattr(cells, "train_model", _fails)
+    monkeypatch.setattr(ResultsStore, "write_ending", full)
+    words: list[str] = []
+    told = dataclasses.replace(bench, watch=lambda work, done, total, note="": words.append(work))
+    ran = engine.run_suite(told, read_suite(tmp_path / "two.toml", only=["kan", "kan+all"]))
+    assert list(ran.failures) == ["kan, seed 0", "kan+all, seed 0"]
+    assert "how kan, seed 0 ended cannot be noted for the report: cannot write: no space left on device" in words
 
 
 @pytest.mark.parametrize("stop", [Interrupted(15, "told to"), KeyboardInterrupt()], ids=["told", "at once"])
@@ -393,6 +452,7 @@ def test_a_stop_stops_the_suite(
     monkeypatch.setattr(cells, "train_model", train)
     with pytest.raises(type(stop)):
         engine.run_suite(bench, read_suite(tmp_path / "three.toml"))
+    assert not bench.store.endings()
 
 
 def test_a_retrofitted_model_that_does_not_know_its_origin_is_no_teacher_of_its_own(
