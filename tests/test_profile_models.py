@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +18,17 @@ from transformers import DynamicCache
 
 from kallm_bench.engine import costs
 from kallm_bench.errors import DeviceError
-from kallm_bench.models import KANSpec, retrofit, save_checkpoint
-from kallm_bench.profiling import ProfileSettings, Rig, flops_per_token, measure_inference, measure_parts, room
+from kallm_bench.models import KANSpec, load_weights, retrofit, save_checkpoint, sources
+from kallm_bench.profiling import (
+    ProfileSettings,
+    Rig,
+    flops_per_token,
+    give_back,
+    measure_inference,
+    measure_parts,
+    only_new_garbage,
+    room,
+)
 from kallm_bench.profiling.flops import Limits, cache_bytes, forward_flops, step_bytes, weight_bytes
 from kallm_bench.profiling.hardware import Reading
 from kallm_bench.profiling.parts import parts_of
@@ -326,7 +337,8 @@ SMALL = ("--batch", "1", "--length", "32", "--repeats", "2")
 
 
 def test_a_profile_from_the_command_to_its_record(home: Path, kallm: Run) -> None:
-    code, out, err = kallm("profile", "kan", "--batch", "2,1", "--length", "32,64", "--repeats", "2")
+    words = ("--batch", "2,1", "--length", "32,64", "--repeats", "2", "--scope", ",".join(("tail", *SCOPES)))
+    code, out, err = kallm("profile", "kan", *words)
     assert code == 0, err
     (record,) = ResultsStore(home / "results").records()
     found = named(list(record.metrics))
@@ -342,6 +354,97 @@ def test_a_profile_from_the_command_to_its_record(home: Path, kallm: Run) -> Non
     assert "profile: kan, 2 x 64" in out
     assert "· not measured: prefill_joules_per_token, " in out
     assert "kan" in out.partition("decode_part_seconds")[0]
+
+
+def test_a_cpu_is_asked_for_what_it_can_do_in_minutes(home: Path, kallm: Run) -> None:
+    """The grid, the usual scope's training step, parts and peaks, each of three samples."""
+    code, _, err = kallm("profile", "kan")
+    assert code == 0, err
+    (record,) = ResultsStore(home / "results").records()
+    assert (record.settings["scope"], record.settings["scopes"]) == ("tail", [])
+    found = named(list(record.metrics))
+    points = ("", "/1x64", "/1x256", "/4x64")
+    measured = [f"{phase}_seconds{point}" for phase in ("prefill", "decode") for point in points]
+    measured += [f"{phase}_part_seconds/{part}" for phase in ("prefill", "decode") for part in ("attention", "head")]
+    for metric in (*measured, "train_tokens_per_second", "load_seconds"):
+        assert found[metric].n == len(found[metric].samples) == 3, metric
+    for phase in ("/load", "/prefill", "/decode", ""):
+        assert found[f"peak_resident_bytes{phase}"].value
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_loaded_that_is_not_measured(
+    home: Path, kallm: Run, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    loaded: list[torch.dtype] = []
+
+    def counted(source: Any, given: torch.dtype, device: torch.device) -> Any:
+        loaded.append(given)
+        return load_weights(source, given, device)
+
+    monkeypatch.setattr(costs, "load_weights", counted)
+    monkeypatch.setattr(sources, "_tokenizer", lambda *_: pytest.fail("a tokenizer was loaded"))
+    code, _, err = kallm("profile", "kan", "--batch", "1", "--length", "32", "--repeats", "3", "--dtype", dtype)
+    assert code == 0, err
+    (record,) = ResultsStore(home / "results").records()
+    found = named(list(record.metrics))
+    assert found["load_seconds"].n == 3
+    assert found["train_tokens_per_second"].n == 3
+    assert loaded == [getattr(torch, dtype)] * 4  # one before those that are timed; training takes the same model
+    assert gc.get_freeze_count() == 0
+
+
+def test_progress_is_told_before_anything_is_done(tiny_llama: Any) -> None:
+    told: list[tuple[str, int, int]] = []
+    rig = Rig(CPU, repeats=2, watch=lambda work, done, total, note="": told.append((work, done, total)))
+    seen: list[int] = []
+
+    def work() -> float:
+        seen.append(len(told))
+        return 0.1
+
+    rig.measure("a work", [work], runs=1)
+    assert told == [("profile of a work", done, 3) for done in range(4)]
+    assert seen == [1, 2, 3], "a run that nobody was told of"
+    told.clear()
+    model, settings = tiny_llama(vocab_size=97), ProfileSettings(1, 32, repeats=2, scope="all")
+    measure_inference([model], settings, rig)
+    measure_training([model], settings, rig)
+    assert list(dict.fromkeys(work for work, *_ in told)) == [
+        "profile of prefill 1x32",
+        "profile of decode 1x32",
+        "profile of peak memory at 1x32",
+        "profile of training, all, ours",
+    ]
+
+
+def test_garbage_is_looked_for_among_what_is_new() -> None:
+    class Circle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    old = weakref.ref(Circle())
+    with only_new_garbage():
+        assert old() is None
+        frozen = gc.get_freeze_count()
+        assert frozen > 10_000
+        new = weakref.ref(Circle())
+        give_back(CPU)
+        assert new() is None
+    assert gc.get_freeze_count() == 0
+
+
+def test_memory_is_given_back_where_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([5, 10, 5, 10])
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free) * GIB, total=20 * GIB))
+    given: list[torch.device] = []
+    monkeypatch.setattr(room, "give_back", given.append)
+    assert room.too_large(4 * GIB, CPU) == ""
+    assert not given
+    assert room.too_large(12 * GIB, CPU) == (
+        "predicted not to fit: 12.0 GiB and activations, and the machine has 5.0 GiB free of 20.0 GiB"
+    )
+    assert given == [CPU]
 
 
 def test_two_checkpoints_side_by_side(home: Path, kallm: Run) -> None:
@@ -386,7 +489,7 @@ def test_a_checkpoint_beside_itself_tells_how_well_ratios_are_known(home: Path, 
 def test_what_cannot_be_profiled_is_refused_before_any_work(
     home: Path, kallm: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
 ) -> None:
-    monkeypatch.setattr(costs, "load_model", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(costs, "load_weights", lambda *arguments: pytest.fail("a model was loaded"))
     code, _, err = kallm("profile", *words)
     assert code == 1
     assert said in err
@@ -402,7 +505,7 @@ def test_what_is_no_usage_leaves_with_2(home: Path, kallm: Run, words: tuple[str
 def test_a_checkpoint_that_does_not_fit_is_refused_before_it_is_loaded(
     home: Path, kallm: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "load_model", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(costs, "load_weights", lambda *arguments: pytest.fail("a model was loaded"))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**16, total=2 * GIB))
     code, _, err = kallm("profile", "base", *SMALL)
     assert code == 1

@@ -273,7 +273,7 @@ def test_a_retrofit_loads_nothing_it_does_not_need(bench, sharded, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("loaded whole")
 
-    monkeypatch.setattr(retrofitting, "load_model", refuse)
+    monkeypatch.setattr(retrofitting, "load_weights", refuse)
     monkeypatch.setattr(Weights, "read", refuse)
     record, folder = made(bench, sharded, SPECS["stack"])
     values = {metric.name: metric.value for metric in record.metrics}

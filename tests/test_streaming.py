@@ -30,6 +30,7 @@ from kallm_bench.models import (
     find_model,
     load_config,
     load_model,
+    load_weights,
     open_original,
     retrofit,
     retrofit_reporting,
@@ -332,9 +333,9 @@ def test_a_command_streams(
 
     def noted(*args: Any) -> Any:
         loaded.append(args)
-        return load_model(*args)
+        return load_weights(*args)
 
-    monkeypatch.setattr(retrofitting, "load_model", noted)
+    monkeypatch.setattr(retrofitting, "load_weights", noted)
     values, weights = [], []
     for streams in (True, False):
         monkeypatch.setattr(Original, "streams", streams)

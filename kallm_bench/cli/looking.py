@@ -32,14 +32,14 @@ def inspect(
     from kallm_bench.errors import SpecError, unknown
     from kallm_bench.files import write_file
     from kallm_bench.filing import find_ref
-    from kallm_bench.models import load_model
+    from kallm_bench.models import load_weights
     from kallm_bench.models.inspect import curves_as_rows, inspect_model
     from kallm_bench.plots import FORMATS, draw_curves
 
     if fmt not in FORMATS:
         raise SpecError(unknown("format", fmt, FORMATS))
     ref = find_ref(checkpoint, trust_remote_code)
-    facts, curves = inspect_model(load_model(ref.open())[0], top)
+    facts, curves = inspect_model(load_weights(ref.open()), top)
     folder = out or Path("runs") / f"{ref.label}-inspect"
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(curves_as_rows(curves))

@@ -31,11 +31,15 @@ def profile(
         str | None, typer.Option(help="Tokens in each, the same; 128,1024, or 64,256 on a CPU, if left out.")
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(min=2, help="Timed runs of each measurement; 5, or 20 of kernels, if left out.")
+        int | None,
+        typer.Option(min=2, help="Timed runs of each measurement; 5, or 3 on a CPU, or 20 of kernels, if left out."),
     ] = None,
     scope: Annotated[
         str | None,
-        typer.Option(help="What learns in the training step, one or several; all scopes the model has, or none."),
+        typer.Option(
+            help="What learns in the training step, one or several, or none; if left out, all scopes the model has, "
+            "or the first of them on a CPU."
+        ),
     ] = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Measure layers alone instead of a model, beside what they compete with.")
@@ -95,23 +99,25 @@ def _profile_models(
 ) -> None:
     from kallm_bench import engine
     from kallm_bench.filing import find_ref
-    from kallm_bench.profiling import ProfileSettings
+    from kallm_bench.profiling import USUAL, ProfileSettings
 
     with console.Display() as display:
         bench = make_bench(results, display, device, dtype, None)
-        small = bench.device.type == "cpu"
-        batches = read_numbers(batch or ("1,4" if small else "1,16"), "--batch")
-        lengths = read_numbers(length or ("64,256" if small else "128,1024"), "--length")
+        usual = USUAL[bench.device.type]
+        batches = read_numbers(batch, "--batch") if batch else usual.batches
+        lengths = read_numbers(length, "--length") if length else usual.lengths
         refs = [find_ref(name, trust_remote_code) for name in names]
         scopes, tail_from = engine.scopes_of(refs)
         if scope:
             scopes = read_names(scope, "--scope")
+        elif not usual.every_scope:
+            scopes = scopes[:1]
         settings = ProfileSettings(
             max(batches),
             max(lengths),
             tuple(batches),
             tuple(lengths),
-            repeats=repeats or 5,
+            repeats=repeats or usual.repeats,
             scope=scopes[0],
             scopes=tuple(scopes[1:]),
             tail_from=tail_from,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kallm_bench.engine.checkpoints import size_metrics
 from kallm_bench.filing import Bench, ModelRef, Stage
-from kallm_bench.models import Source, load_config, load_model, replaced_modules, specs_of
+from kallm_bench.models import Source, load_config, load_weights, replaced_modules, specs_of
 from kallm_bench.models.sources import load_skeleton
 from kallm_bench.profiling import (
     KernelProblem,
@@ -26,6 +27,7 @@ from kallm_bench.profiling import (
     measure_parts,
     measure_training,
     no_steps,
+    only_new_garbage,
     peak_memory,
     ratios,
     too_large,
@@ -98,19 +100,20 @@ def scopes_of(refs: Sequence[ModelRef]) -> tuple[list[str], int | None]:
 
 def _measure(bench: Bench, refs: Sequence[ModelRef], settings: ProfileSettings) -> list[Profiled]:
     """Everything there is to measure of models, in turn."""
+    with only_new_garbage():
+        return _measured(bench, refs, settings)
+
+
+def _measured(bench: Bench, refs: Sequence[ModelRef], settings: ProfileSettings) -> list[Profiled]:
     sources = [ref.open() for ref in refs]
     _check(refs, sources, bench, settings)
     rig = Rig.at(bench.device, settings.repeats, bench.watch)
-    seconds = _time_loads(sources, bench, rig)
-    models, peaks = _load(sources, bench.dtype, rig)
-    found = [
-        [*_sizes(model, settings), timed, *peak] for model, timed, peak in zip(models, seconds, peaks, strict=True)
-    ]
+    models, loading = _load(sources, bench.dtype, rig)
+    found = [[*_sizes(model, settings), *metrics] for model, metrics in zip(models, loading, strict=True)]
     _extend(found, measure_inference(models, settings, rig))
     _extend(found, measure_parts(models, settings, rig))
     if settings.steps:
-        models, steps = _measure_steps(sources, models, bench, settings, rig)
-        _extend(found, steps)
+        _extend(found, _measure_steps(models, bench, settings, rig))
     if len(models) > 1 and bench.device.type == "cpu":
         found = [[_unless_of_all(metric) for metric in metrics] for metrics in found]
     return [Profiled(model, metrics) for model, metrics in zip(models, found, strict=True)]
@@ -130,18 +133,18 @@ def _check(refs: Sequence[ModelRef], sources: Sequence[Source], bench: Bench, se
 
 
 def _measure_steps(
-    sources: Sequence[Source], models: list[PreTrainedModel], bench: Bench, settings: ProfileSettings, rig: Rig
-) -> tuple[list[PreTrainedModel], list[list[Metric]]]:
-    """Training steps, with parameters in float32; changes `models`, which make room for those. The models after it."""
+    models: Sequence[PreTrainedModel], bench: Bench, settings: ProfileSettings, rig: Rig
+) -> list[list[Metric]]:
+    """Training steps of models whose parameters become float32; what they cost does not depend on their values."""
     if bench.autocast:
         needed = sum(4 * parameter.numel() for model in models for parameter in model.parameters())
         for model in models:
             model.to("cpu")
         if reason := too_large(needed, bench.device):
-            return models, [no_steps(settings, reason) for _ in models]
-        models.clear()
-        models, _ = _load(sources, torch.float32, rig)
-    return models, measure_training(models, settings, rig, bench.autocast)
+            return [no_steps(settings, reason) for _ in models]
+        for model in models:
+            model.to(bench.device, torch.float32)
+    return measure_training(models, settings, rig, bench.autocast)
 
 
 def _sizes(model: PreTrainedModel, settings: ProfileSettings) -> list[Metric]:
@@ -154,32 +157,34 @@ def _sizes(model: PreTrainedModel, settings: ProfileSettings) -> list[Metric]:
     return metrics
 
 
-def _time_loads(sources: Sequence[Source], bench: Bench, rig: Rig) -> list[Metric]:
-    """How long each model takes from the disk to the device, others having been there before."""
-    rig = dataclasses.replace(rig, gpu=None, repeats=min(LOADS, rig.repeats))
+def _load(sources: Sequence[Source], dtype: torch.dtype, rig: Rig) -> tuple[list[PreTrainedModel], list[list[Metric]]]:
+    """The models, all on the device; how long each takes from the disk to there, others having been there before.
 
-    def load(source: Source) -> float:
-        seconds = rig.clocked(lambda: load_model(source, bench.dtype, bench.device))
-        give_back(bench.device)
+    The last of the timed loads is the one that is kept, with its peak memory, while the other models are elsewhere.
+    """
+    timing = dataclasses.replace(rig, gpu=None, repeats=min(LOADS, rig.repeats) - 1)
+
+    models: list[PreTrainedModel] = []
+
+    def load(source: Source, into: list[PreTrainedModel]) -> float:
+        return rig.clocked(lambda: into.append(load_weights(source, dtype, rig.device)))
+
+    def load_in_vain(source: Source) -> float:
+        seconds = load(source, [])
+        give_back(rig.device)
         return seconds
 
-    works = [lambda source=source: load(source) for source in sources]
-    return [measured.metric("load_seconds") for measured in rig.measure("loading", works, warm_runs=1, runs=1)]
-
-
-def _load(sources: Sequence[Source], dtype: torch.dtype, rig: Rig) -> tuple[list[PreTrainedModel], list[list[Metric]]]:
-    """The models, all on the device, and the peak memory of loading each, with the others elsewhere."""
-    models: list[PreTrainedModel] = []
-    peaks = []
-    for source in sources:
+    works = [functools.partial(load_in_vain, source) for source in sources]
+    found = []
+    for source, timed in zip(sources, timing.measure("loading", works, warm_runs=1, runs=1), strict=True):
         for earlier in models:
             earlier.to("cpu")
         with peak_memory(rig.device, rig.gpu, "/load") as peak:
-            models.append(load_model(source, dtype, rig.device)[0])
-        peaks.append(peak)
+            seconds = (*timed.seconds, load(source, models))
+        found.append([dataclasses.replace(timed, seconds=seconds).metric("load_seconds"), *peak])
     for model in models:
         model.to(rig.device)
-    return models, peaks
+    return models, found
 
 
 def _extend(found: Sequence[list[Metric]], more: Sequence[Sequence[Metric]]) -> None:

@@ -11,8 +11,8 @@ from kallm_bench.models import (
     cut,
     cut_config,
     load_config,
-    load_model,
     load_tokenizer,
+    load_weights,
     save_checkpoint,
     stored_dtype,
 )
@@ -54,7 +54,7 @@ def cut_model(
         bench.watch("cut", 0, 3, "reading texts")
         used = used_tokens(texts, tokenizer) if texts else None
         bench.watch("cut", 1, 3, "loading the model")
-        model, _ = load_model(ref.open(), stored_dtype(ref.open()))
+        model = load_weights(ref.open(), stored_dtype(ref.open()))
         model, tokenizer = cut(model, tokenizer, settings.blocks, used)
         bench.watch("cut", 2, 3, "saving")
         save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), replace=replace)

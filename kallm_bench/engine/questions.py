@@ -15,7 +15,7 @@ from kallm_bench.engine.checkpoints import describe_checkpoint
 from kallm_bench.errors import BBHError, KallmError
 from kallm_bench.files import write_file
 from kallm_bench.filing import Bench, ModelRef, Stage
-from kallm_bench.models import load_model, load_tokenizer
+from kallm_bench.models import load_tokenizer, load_weights
 from kallm_bench.records import RunRecord
 from kallm_bench.training import tokenizer_fingerprint
 
@@ -52,7 +52,7 @@ def stage_of(bench: Bench, ref: ModelRef, settings: EvalSettings, exam: Exam, to
 def _ask(bench: Bench, ref: ModelRef, stage: Stage, exam: Exam, tokenizer: Any) -> RunRecord | None:
     """The record, on the first process."""
     processes = bench.processes
-    model, _ = load_model(ref.open(), bench.dtype, bench.device)
+    model = load_weights(ref.open(), bench.dtype, bench.device)
     unfinished = _unfinished(stage)
     try:
         samples = ask(

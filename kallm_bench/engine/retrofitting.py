@@ -21,6 +21,7 @@ from kallm_bench.models import (
     load_config,
     load_model,
     load_tokenizer,
+    load_weights,
     open_original,
     save_checkpoint,
     stored_dtype,
@@ -58,8 +59,10 @@ def retrofit(
     described: dict[str, Any] = {"spec": spec.to_json()}
     if (dtype := stored_dtype(ref.open())) != torch.float32:
         described["weights_dtype"] = str(dtype).removeprefix("torch.")
+    tokenizer = None
     if calibration:
-        described |= {"calibration": describe_calibration(calibration, load_tokenizer(ref.open())), **bench.place}
+        tokenizer = load_tokenizer(ref.open())
+        described |= {"calibration": describe_calibration(calibration, tokenizer), **bench.place}
     stage = Stage(bench, "retrofit", described, ref)
     stage.folder = out or bench.runs / _checkpoint_name(ref.label, spec, stage.key)
     with stage.claimed(weights_needed) as done:
@@ -67,7 +70,7 @@ def retrofit(
             return done
         replace = stage.may_replace(replace)
         bench.watch("retrofit", 0, 3, "loading")
-        source, tokenizer = ref.open(), None
+        source = ref.open()
         computes_in, place = (torch.float32, bench.device) if calibration else (dtype, torch.device("cpu"))
         original = open_original(source, spec, computes_in, place)
         streaming: AbstractContextManager[None] = nullcontext()
@@ -75,10 +78,10 @@ def retrofit(
             original and calibration and not (original.streams and is_tight(place, 4 * parameter_count(original.model)))
         )
         if original is None or whole:
-            model, tokenizer = load_model(source, computes_in, place)
-            original = Original(weights_folder(source), model)
+            original = Original(weights_folder(source), load_weights(source, computes_in, place))
+            tokenizer = tokenizer or load_tokenizer(source)
         elif calibration:
-            tokenizer, streaming = load_tokenizer(source), original.streamed(place)
+            streaming = original.streamed(place)
         model = original.model
         bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks, start '{spec.start}'")
         with streaming:
@@ -120,7 +123,7 @@ def revert(
         dtype = stored_dtype(ref.open())
         bench.watch("revert", 0, 3, "loading")
         model, tokenizer = load_model(ref.open(), dtype)
-        put_back(model, load_model(base.open(), dtype)[0], chosen)
+        put_back(model, load_weights(base.open(), dtype), chosen)
         bench.watch("revert", 2, 3, "saving")
         save_checkpoint(stage.folder, model, tokenizer, lineage=stage.lineage(), base=stage.base, replace=replace)
         bench.watch("revert", 3, 3)

@@ -19,7 +19,7 @@ from kallm_bench.engine.lessons import NO_LESSONS, Lessons
 from kallm_bench.errors import TrainingError
 from kallm_bench.files import cache_folder, sha256
 from kallm_bench.filing import Bench, ModelRef, Stage
-from kallm_bench.models import load_model, load_tokenizer, save_checkpoint
+from kallm_bench.models import load_model, load_tokenizer, load_weights, save_checkpoint
 from kallm_bench.profiling import describe_run, heldout_curve, peak_memory, surrounded
 from kallm_bench.progress import Log, nowhere
 from kallm_bench.records import Metric, RunRecord
@@ -116,7 +116,7 @@ def _train(
         bench.watch("packing conversations", done, total)
 
     def load(device: torch.device | str, which: ModelRef = ref) -> PreTrainedModel:
-        return load_model(which.open(), torch.float32, device)[0]
+        return load_weights(which.open(), torch.float32, device)
 
     model = load("cpu" if bench.sharded else bench.device)
     base = load(model.device, lessons.base) if lessons.base else None

@@ -158,9 +158,16 @@ def load_model(
     """
     if isinstance(source, str):
         source = find_model(source)
+    return load_weights(source, dtype, device), load_tokenizer(source, dtype)
+
+
+def load_weights(
+    source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The model alone, in evaluation mode, for those who need no tokenizer. Raises as load_model does."""
     folder = weights_folder(source, dtype)
     with _reading(source, folder):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -169,11 +176,10 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
-        tokenizer = _tokenizer(folder, source.trust_remote_code)
     _check_report(folder, report)
-    model = model.to(device).eval()
+    model: PreTrainedModel = loaded.to(device).eval()
     check_finite(folder, dict(model.named_parameters()))
-    return model, tokenizer
+    return model
 
 
 def load_skeleton(source: Source, dtype: torch.dtype) -> PreTrainedModel:
@@ -195,9 +201,13 @@ def load_config(source: Source) -> Any:
         return config.to_base() if isinstance(config, KallmConfig) else config
 
 
-def load_tokenizer(source: Source) -> Any | None:
-    """The model's tokenizer, without its weights; None where it has none. Raises as load_model does."""
-    folder = weights_folder(source)
+def load_tokenizer(source: Source, dtype: torch.dtype = torch.float32) -> Any | None:
+    """The model's tokenizer, without its weights; None where it has none. Raises as load_model does.
+
+    Args:
+        dtype: of a GGUF file, that of the values which it lies beside in the cache.
+    """
+    folder = weights_folder(source, dtype)
     with _reading(source, folder):
         return _tokenizer(folder, source.trust_remote_code)
 

@@ -3,7 +3,7 @@
 from kallm_bench.profiling.flops import flops_per_token
 from kallm_bench.profiling.hardware import DTYPES, environment, find_device, find_dtype, identity
 from kallm_bench.profiling.kernels import measure_kernels
-from kallm_bench.profiling.memory import give_back, peak_memory
+from kallm_bench.profiling.memory import give_back, only_new_garbage, peak_memory
 from kallm_bench.profiling.parts import measure_parts
 from kallm_bench.profiling.problems import KernelProblem, KernelSettings, problems_by_hand
 from kallm_bench.profiling.ratios import ratios
@@ -11,12 +11,13 @@ from kallm_bench.profiling.replays import first_line
 from kallm_bench.profiling.rig import Rig, surrounded
 from kallm_bench.profiling.room import check_room, too_large
 from kallm_bench.profiling.runs import describe_run, heldout_curve
-from kallm_bench.profiling.settings import ProfileSettings
+from kallm_bench.profiling.settings import USUAL, ProfileSettings
 from kallm_bench.profiling.throughput import measure_inference
 from kallm_bench.profiling.training_step import measure_training, no_steps
 
 __all__ = [
     "DTYPES",
+    "USUAL",
     "KernelProblem",
     "KernelSettings",
     "ProfileSettings",
@@ -36,6 +37,7 @@ __all__ = [
     "measure_parts",
     "measure_training",
     "no_steps",
+    "only_new_garbage",
     "peak_memory",
     "problems_by_hand",
     "ratios",

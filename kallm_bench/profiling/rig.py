@@ -124,13 +124,15 @@ class Rig:
         """
         jobs = [_Job(self, work) for work in works]
         surroundings = Surroundings(self.gpu)
+        rounds = 1 + self.repeats  # the first warms up
+        self.watch(f"profile of {name}", 0, rounds)
         for job in jobs:
             job.warm_up(warm_runs, runs)
         for number in range(self.repeats):
-            self.watch(f"profile of {name}", number, self.repeats)
+            self.watch(f"profile of {name}", 1 + number, rounds)
             for job in jobs if number % 2 == 0 else reversed(jobs):
                 job.sample()
-        self.watch(f"profile of {name}", self.repeats, self.repeats)
+        self.watch(f"profile of {name}", rounds, rounds)
         for job in jobs:
             job.count_energy()
         notes = surroundings.notes()

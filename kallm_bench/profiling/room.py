@@ -17,17 +17,24 @@ ADAM_BYTES = 12
 
 def too_large(needed: int, device: torch.device) -> str:
     """Why so many bytes more do not fit the device; empty where they do."""
-    give_back(device)
-    if device.type == "cuda":
-        free, there = torch.cuda.mem_get_info(device)
-    else:
-        memory = psutil.virtual_memory()
-        free, there = memory.available, memory.total
+    if needed <= _memory(device)[0]:
+        return ""
+    give_back(device)  # takes its time, and so is left until it matters
+    free, there = _memory(device)
     if needed <= free:
         return ""
     where = "GPU" if device.type == "cuda" else "machine"
     room = f"the {where} has {_gib(free)} free of {_gib(there)}"
     return f"predicted not to fit: {_gib(needed)} and activations, and {room}"
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes free and in all."""
+    if device.type == "cuda":
+        free, there = torch.cuda.mem_get_info(device)
+        return free, there
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
 
 
 def check_room(

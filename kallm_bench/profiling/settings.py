@@ -17,6 +17,28 @@ WAYS = {
 LEAST = {"batch": 1, "length": 32, "new_tokens": 4, "repeats": 2}
 
 
+class Usual(NamedTuple):
+    """What is measured where nothing else was asked for.
+
+    Args:
+        batches, lengths: of the grid.
+        repeats: see ProfileSettings.
+        every_scope: whether training steps are measured in every scope that a model has, or in the usual one.
+    """
+
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    repeats: int
+    every_scope: bool
+
+
+USUAL = {
+    "cpu": Usual((1, 4), (64, 256), 3, every_scope=False),
+    "cuda": Usual((1, 16), (128, 1024), 5, every_scope=True),
+}
+"""By device. A training step of the whole of a small model takes two cores four seconds, and more beside others."""
+
+
 class Point(NamedTuple):
     """Sequences at once, and tokens in each."""
 

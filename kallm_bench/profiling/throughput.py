@@ -132,10 +132,12 @@ def _peaks(model: PreTrainedModel, point: Point, settings: ProfileSettings, rig:
         return []
     ids = random_tokens(model, point)
     found: list[Metric] = []
-    for phase, work in (
-        ("prefill", Prefill(rig, model, ids)),
-        ("decode", Decode(rig, model, ids, new_tokens(point, settings))),
-    ):
+    works: dict[str, Prefill | Decode] = {
+        "prefill": Prefill(rig, model, ids),
+        "decode": Decode(rig, model, ids, new_tokens(point, settings)),
+    }
+    for number, (phase, work) in enumerate(works.items()):
+        rig.watch(f"profile of peak memory at {point}", number, len(works))
         with suppressed_lack(), peak_memory(rig.device, rig.gpu, f"/{phase}") as peaks:
             work()
             if rig.gpu:

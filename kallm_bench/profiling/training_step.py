@@ -115,11 +115,13 @@ def _measure_step(
 def _sampled(jobs: Sequence[_Job], step: Step, rig: Rig) -> list[list[Metric]]:
     """Steps of all models in turn; the peak memory of each is of steps that it takes alone."""
     warm_runs = WARM_STEPS if rig.device.type == "cuda" else 2
+    name = f"training, {step.scope}, {step.way}"
+    rig.watch(f"profile of {name}", 0, 1 + rig.repeats)  # setting up takes its time
     alone_peaks = [_peaks(jobs, number, step, rig, warm_runs) for number in range(len(jobs))] if len(jobs) > 1 else []
     measured = [Measured(reason=OUT_OF_MEMORY)] * len(jobs)
     with peak_memory(rig.device, rig.gpu, step.part) as peak, suppressed_lack(), ExitStack() as stack:
         works = [functools.partial(rig.clocked, stack.enter_context(job.ready(step.way))) for job in jobs]
-        measured = rig.measure(f"training, {step.scope}, {step.way}", works, warm_runs, runs=1)
+        measured = rig.measure(name, works, warm_runs, runs=1)
     return [
         job.metrics(step.part, each, peaks if each.seconds else [], rig.device)
         for job, each, peaks in zip(jobs, measured, alone_peaks or [peak], strict=True)
