@@ -117,6 +117,7 @@ def _profile_models(
             max(lengths),
             tuple(batches),
             tuple(lengths),
+            new_tokens=usual.new_tokens,
             repeats=repeats or usual.repeats,
             scope=scopes[0],
             scopes=tuple(scopes[1:]),

@@ -15,9 +15,6 @@ from kallm_bench.console.grids import show_grid, show_rows
 if TYPE_CHECKING:
     from kallm_bench.records import Metric, RunRecord
 
-SMALL = {"s": "ms", "J/token": "mJ/token"}
-"""Units of figures that may be small, and those that they are then shown in."""
-
 
 def show_records(records: Sequence[RunRecord], as_json: bool, written: Collection[str]) -> None:
     """The figures of what was done, or found done where its id is not among those `written`; as JSON whole records."""
@@ -116,12 +113,8 @@ def _beside(record: RunRecord, metric: Metric) -> str:
 
 
 def _written(record: RunRecord, metric: Metric) -> str:
-    from kallm_bench.records import kind_of
     from kallm_bench.reporting import Figure, judged, written
 
     if metric.value is None:
         return "not measured"
-    unit = kind_of(metric.name).unit
-    if unit in SMALL and abs(metric.value) < 1:
-        return f"{1000 * metric.value:,.3g} {SMALL[unit]}"
-    return written(metric.name, Figure(metric.value, *judged(record, metric.name)))
+    return written(metric.name, Figure(metric.value, *judged(record, metric.name)), headed=False)

@@ -22,19 +22,20 @@ class Usual(NamedTuple):
 
     Args:
         batches, lengths: of the grid.
-        repeats: see ProfileSettings.
+        new_tokens, repeats: see ProfileSettings.
         every_scope: whether training steps are measured in every scope that a model has, or in the usual one.
     """
 
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
+    new_tokens: int
     repeats: int
     every_scope: bool
 
 
 USUAL = {
-    "cpu": Usual((1, 4), (64, 256), 3, every_scope=False),
-    "cuda": Usual((1, 16), (128, 1024), 5, every_scope=True),
+    "cpu": Usual((1, 4), (64, 256), 16, 3, every_scope=False),
+    "cuda": Usual((1, 16), (128, 1024), 32, 5, every_scope=True),
 }
 """By device. A training step of the whole of a small model takes two cores four seconds, and more beside others."""
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import itertools
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from kallm_bench.records import kind_of
 from kallm_bench.reporting.published import PUBLISHED, PUBLISHED_NOTE
@@ -13,14 +16,18 @@ from kallm_bench.reporting.rows import STAGE_COLUMNS
 from kallm_bench.reporting.table import Figure, Row, Table
 
 
-def written(metric: str, figure: Figure) -> str:
-    """A figure as a reader wants it: 125.67M, 43.8 % [40.1, 47.5], 2.391 [2.379, 2.403], 1.90 GiB, 1,234 ± 2 %."""
-    return " ".join(part for part in parts(metric, figure) if part)
+def written(metric: str, figure: Figure, headed: bool = True) -> str:
+    """A figure as a reader wants it: 125.67M, 43.8 % [40.1, 47.5], 2.39 [2.37, 2.41], 1.90 GiB, 1,234 ± 2 %, 48.5 ms.
+
+    Args:
+        headed: whether it stands below its heading, which for some metrics says the unit.
+    """
+    return " ".join(part for part in parts(metric, figure, headed) if part)
 
 
-def parts(metric: str, figure: Figure) -> tuple[str, str, str]:
+def parts(metric: str, figure: Figure, headed: bool = True) -> tuple[str, str, str]:
     """The value, what is known of its uncertainty, and the mark; the last two may be empty."""
-    form = _FORMS_OF.get(metric.partition("/")[0]) or _FORMS.get(kind_of(metric).unit, "{:.3f}".format)
+    form = _form(metric, figure.value, headed)
     return form(figure.value), _spread(figure, form), figure.mark
 
 
@@ -35,19 +42,64 @@ def _spread(figure: Figure, form: Callable[[float], str]) -> str:
     return f"[{', '.join(ends)}]" if ends[0] != ends[1] else ""
 
 
-_FORMS: dict[str, Callable[[float], str]] = {
-    "fraction": lambda value: f"{100 * value:.1f} %",
-    "%": "{:.1f} %".format,
-    "parameters": lambda value: f"{value / 1e6:.2f}M" if value else "0",
-    "bytes": lambda value: f"{value / 2**30:.2f} GiB",
-    "tokens": "{:,.0f}".format,
-    "tokens/s": "{:,.0f}".format,
-    "FLOP/token": lambda value: f"{value / 1e6:,.1f} MFLOP",
-    "s": lambda value: f"{value:.2f} s",
-    "fraction of variance": "{:.3f}".format,
-    "times": "{:.2f}".format,
-    "points": "{:+.1f}".format,
+@dataclass(frozen=True)
+class Form:
+    """How a value is written: multiplied, with so many digits after the point, and what follows."""
+
+    scale: float
+    digits: int
+    unit: str = ""
+    sign: str = ""
+
+    def __call__(self, value: float) -> str:
+        return f"{value * self.scale:{self.sign},.{self.digits}f}{self.unit}"
+
+    def showing(self, value: float) -> Form:
+        """With as many digits more as it takes to see that a value is not zero; of a difference that needs none."""
+        size = abs(value * self.scale)
+        if self.sign or not size or size >= 0.5 * 10**-self.digits:
+            return self
+        return dataclasses.replace(self, digits=math.ceil(-math.log10(size)))
+
+
+_FORMS = {
+    "fraction": Form(100, 1, " %"),
+    "%": Form(1, 1, " %"),
+    "parameters": Form(1e-6, 2, "M"),
+    "bytes": Form(2**-30, 2, " GiB"),
+    "tokens": Form(1, 0),
+    "tokens/s": Form(1, 0),
+    "FLOP/token": Form(1e-6, 1, " MFLOP"),
+    "times": Form(1, 2),
+    "points": Form(1, 1, sign="+"),
 }
+"""By unit; of others three digits."""
+
+_PREFIXED = ("s", "J/token")
+"""Units of figures that may be very small: below 1 they are written in thousandths, millionths or less."""
+
+_PREFIXES = {"": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9}
+
+
+def _form(metric: str, value: float, headed: bool) -> Callable[[float], str]:
+    """How a metric of about that value is written: its interval's ends in the same unit."""
+    name, unit = metric.partition("/")[0], kind_of(metric).unit
+    if headed and name in _FORMS_OF:
+        return _FORMS_OF[name]
+    if unit in _PREFIXED:
+        return _prefixed(unit, value)
+    if unit == "parameters" and value < 5000:  # less than 0.01M
+        return Form(1, 0)
+    return _FORMS.get(unit, Form(1, 3)).showing(value)
+
+
+def _prefixed(unit: str, value: float) -> Form:
+    """Three digits that count, in the largest unit that the value is one of; of the whole unit two after the point."""
+    size = abs(value) * 1.0005  # 999.6 thousandths are written as 1.00
+    prefix = next((each for each, factor in _PREFIXES.items() if size >= factor), "n" if value else "")
+    shown = size / _PREFIXES[prefix]
+    digits = 2 if not prefix or shown < 10 else 1 if shown < 100 else 0
+    return Form(1 / _PREFIXES[prefix], digits, f" {prefix}{unit}").showing(value)
 
 
 def _microseconds(value: float) -> str:
@@ -64,9 +116,9 @@ _FORMS_OF: dict[str, Callable[[float], str]] = {
     "saved_bytes": _mebibytes,
     "peak_bytes": _mebibytes,
     "relative_error": "{:.1e}".format,
-    "detectable_difference": "{:.1f}".format,
-    "heldout_loss_difference": "{:+.3f}".format,
-    "class_loss_difference": "{:+.3f}".format,
+    "detectable_difference": Form(1, 1),
+    "heldout_loss_difference": Form(1, 3, sign="+"),
+    "class_loss_difference": Form(1, 3, sign="+"),
 }
 """Of metrics whose unit stands in the heading of their column."""
 

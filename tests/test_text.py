@@ -1,0 +1,84 @@
+"""Figures as text: no unit is too large for what it holds, and nothing that is there is written as nothing."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from kallm_bench.records import METRICS, kind_of
+from kallm_bench.reporting import Figure, written
+from kallm_bench.reporting.text import parts
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (4321.0, "4,321.00 s"),
+        (12.345, "12.35 s"),
+        (1.0, "1.00 s"),
+        (0.99996, "1.00 s"),
+        (0.9989, "999 ms"),
+        (0.0485, "48.5 ms"),
+        (0.00301, "3.01 ms"),
+        (0.0009999, "1.00 ms"),
+        (0.000122, "122 µs"),
+        (3.5e-6, "3.50 µs"),
+        (4.2e-8, "42.0 ns"),
+        (2e-13, "0.0002 ns"),
+        (0.0, "0.00 s"),
+        (-0.0021, "-2.10 ms"),
+    ],
+)
+def test_seconds_have_the_unit_that_fits(seconds: float, text: str) -> None:
+    assert written("decode_seconds/1x128", Figure(seconds)) == text
+
+
+@pytest.mark.parametrize(
+    ("joules", "text"),
+    [(2.5, "2.50 J/token"), (0.0123, "12.3 mJ/token"), (0.000456, "456 µJ/token"), (7.7e-7, "770 nJ/token")],
+)
+def test_joules_have_the_unit_that_fits(joules: float, text: str) -> None:
+    assert written("decode_joules_per_token", Figure(joules)) == text
+
+
+def test_an_interval_is_in_the_unit_of_its_figure() -> None:
+    figure = Figure(0.0012, (0.0009, 0.0021), over="seeds")
+    assert written("start_seconds", figure) == "1.20 ms [0.90 ms, 2.10 ms]"
+    assert written("start_seconds", Figure(0.0, (0.0, 0.0021))) == "0.00 s"
+    assert parts("start_seconds", Figure(0.012, (0.011, 0.013), over="samples")) == ("12.0 ms", "± 8 %", "")
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("parameters", 1234.0, "1,234"),
+        ("parameters", 0.0, "0"),
+        ("peak_resident_bytes", 300 * 2**10, "0.0003 GiB"),
+        ("train_mfu", 0.0002, "0.02 %"),
+        ("train_mfu", 0.4382, "43.8 %"),
+        ("ratio", 0.0031, "0.003"),
+        ("heldout_loss", 2.3914, "2.391"),
+        ("accuracy", 0.0, "0.0 %"),
+        ("decode_tokens_per_second", 0.31, "0.3"),
+        ("accuracy_difference", 0.02, "+0.0"),
+        ("heldout_loss_difference", -0.0001, "-0.000"),
+    ],
+)
+def test_what_is_there_is_not_written_as_nothing(metric: str, value: float, text: str) -> None:
+    """But for differences: one that small is none."""
+    assert written(metric, Figure(value)) == text
+
+
+def test_a_unit_is_said_where_no_heading_says_it() -> None:
+    assert written("forward_seconds", Figure(1.08e-4)) == "108"
+    assert written("forward_seconds", Figure(1.08e-4), headed=False) == "108 µs"
+    assert written("peak_bytes", Figure(3 * 2**30), headed=False) == "3.00 GiB"
+
+
+@pytest.mark.parametrize("metric", sorted(METRICS))
+def test_no_metric_of_any_size_is_written_as_zero(metric: str) -> None:
+    whole = kind_of(metric).unit == "parameters"
+    for power in range(0 if whole else -7, 7):
+        text = written(metric, Figure(3.3 * 10**power), headed=False)
+        assert re.search("[1-9]", text) or text.startswith("+"), text
