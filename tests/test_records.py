@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ from scipy import stats
 from kallm_bench.errors import RecordError
 from kallm_bench.files import DiskError, write_file
 from kallm_bench.records import METRICS, Artifact, Metric, ResultsStore, RunRecord, settings_key
+from kallm_bench.records.comparison import mcnemar, sign_flip
 from kallm_bench.records.statistics import accuracy_interval, mean_interval
+from kallm_bench.reporting import Memory
 
 MACHINE = {"cpu": "a processor", "cores": 2, "memory_gib": 24, "gpus": [], "system": "Linux"}
 
@@ -224,3 +227,35 @@ def test_seeds_are_no_new_questions() -> None:
     one = accuracy_interval({"task": answers})
     assert accuracy_interval({"task": np.repeat(answers, 3, axis=0)}) == one
     assert 0.17 < one[1] - one[0] < 0.22  # 2 × 1.96 × √(0.25 / 100)
+
+
+def test_what_is_not_known_is_put_off_and_computed_together(tmp_path: Path) -> None:
+    memory, asked = Memory(tmp_path), []
+
+    def known(number: int) -> int | None:
+        asked.append(number)
+        return number if number else None
+
+    with memory.ahead() as missing:
+        assert [memory.get(str(number), functools.partial(known, number)) for number in (0, 1, 2, 1)] == [None] * 4
+        assert list(missing) == ["0", "1", "2"]
+        assert not asked
+    assert sorted(asked) == [0, 1, 2]
+    assert [memory.get(str(number), functools.partial(known, number)) for number in (0, 1, 2)] == [None, 1, 2]
+    assert memory.get("3", functools.partial(known, 3)) == 3  # what nobody foresaw is computed when it is asked for
+    assert sorted(asked) == [0, 1, 2, 3], "computed twice"
+    with memory.ahead() as missing:
+        assert memory.get("1", functools.partial(known, 1)) == 1
+        assert not missing
+    memory.keep()
+    assert Memory(tmp_path).get("2", functools.partial(known, 9)) == 2
+
+
+def test_chances_are_scipys() -> None:
+    generator = np.random.default_rng(0)
+    for trials in (1, 2, 9, 250):
+        ours, theirs = generator.integers(0, 2, (2, trials))
+        gained, lost = int(np.sum(ours > theirs)), int(np.sum(ours < theirs))
+        expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+        assert mcnemar(ours, theirs) == expected
+        assert sign_flip(ours[None], theirs[None]) == pytest.approx(expected, rel=1e-9)

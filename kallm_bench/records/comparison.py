@@ -8,6 +8,7 @@ of the sample's size, and the smallest difference that so many questions could h
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,10 +104,26 @@ def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
     Source:
         McNemar 1947, Psychometrika 12; exact by the binomial distribution.
     """
+    gained, lost = int(np.sum(ours > theirs)), int(np.sum(ours < theirs))
+    return _binomial_test(gained, gained + lost) if gained + lost else 1.0
+
+
+@functools.cache
+def _binomial_test(successes: int, trials: int) -> float:
+    """Two-sided, of one half."""
     from scipy import stats  # takes half a second to import, which reports that compare nothing need not wait for
 
-    gained, lost = int(np.sum(ours > theirs)), int(np.sum(ours < theirs))
-    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return float(stats.binomtest(successes, trials).pvalue)
+
+
+@functools.cache
+def _halves(trials: int) -> np.ndarray:
+    """The chance of each number of successes, 0 to `trials`, at one half each."""
+    from scipy import stats
+
+    chances: np.ndarray = stats.binom.pmf(np.arange(trials + 1), trials, 0.5)
+    chances.setflags(write=False)
+    return chances
 
 
 def sign_flip(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -121,13 +138,11 @@ def sign_flip(ours: np.ndarray, theirs: np.ndarray) -> float:
     Source:
         Fisher 1935, "The Design of Experiments", §21.
     """
-    from scipy import stats
-
     whole = ours.astype(int).sum(axis=0) * len(theirs) - theirs.astype(int).sum(axis=0) * len(ours)  # (questions,)
     chances = np.ones(1)  # of the sum of the sizes whose sign is positive
     for size, count in zip(*np.unique(np.abs(whole[whole != 0]), return_counts=True), strict=True):
         spaced = np.zeros(size * count + 1)
-        spaced[::size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+        spaced[::size] = _halves(int(count))
         chances = np.convolve(chances, spaced)
     positive = int(whole[whole > 0].sum())
     extreme = max(positive, len(chances) - 1 - positive)

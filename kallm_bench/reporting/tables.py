@@ -54,8 +54,14 @@ def build_tables(
     for failure in standing_failures(store.endings(suite, testbed), known.values()):
         if stands(failure):
             failed[failure.testbed, failure.suite].append(failure)
+    memory = memory or Memory()
+    book = AnswerBook(store, memory)
     with collector_paused():
-        tables = _tables(store, groups, failed, known, reference, AnswerBook(store, memory or Memory()))
+        with memory.ahead() as missing:
+            tables = _tables(store, groups, failed, known, reference, book)
+        if missing:  # and is there now
+            tables = _tables(store, groups, failed, known, reference, book)
+    store.damaged = sorted(set(store.damaged))  # threads find what is damaged in any order, some of it twice
     if reference is not None and not any(table.kind == "differences" and table.rows for table in tables):
         names = {row.name for table in tables if table.kind == "arms" for row in table.rows if row.seeds}
         for row in (row for table in tables if table.kind == "failures" for row in table.rows):
