@@ -33,10 +33,11 @@ SAMPLE_FIELDS = (
 )
 """Of a sample, in the order they are written.
 
-prompt_sha256: its first DIGITS digits; choices: those compared, or what the question lists; loglikelihoods: of those compared, in nats; completion: the reply,
-None where choices are compared; extracted: the answer, None where none could be read; target_loglikelihood,
-target_rank: of the gold answer among the choices compared, from 1, None where it is none of them; left_out_tokens: cut
-from the prompt's beginning to fit the context; forwarded_tokens: put through the model for this question.
+prompt_sha256: its first DIGITS digits; choices: those compared, or what the question lists; loglikelihoods: of those
+compared, in nats; completion: the reply, None where choices are compared; extracted: the answer, None where none
+could be read; target_loglikelihood, target_rank: of the gold answer among the choices compared, from 1, None where it
+is none of them; left_out_tokens: cut from the prompt's beginning to fit the context; forwarded_tokens: put through
+the model for this question.
 """
 
 
