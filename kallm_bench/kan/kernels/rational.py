@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kallm_bench.kan.kernels.tiles import Launch, chunk_size, cut, place
 
-FORWARD = 128
-"""Chunks that a program takes, one after the other in memory, as a copy does."""
+FORWARD, FORWARD_WARPS = 128, 2
+"""Chunks that a program takes, one after the other in memory as a copy does, and its warps."""
 
 BACKWARD = Launch(chunks=128, warps=4, programs=6 * 132)  # all at once on an H100, where 72 registers leave room for 7
 
@@ -52,7 +52,7 @@ def _rational(x: Tensor, numerator: Tensor, denominator: Tensor, absolute: bool)
         with torch.cuda.device_of(x):
             _forward[(triton.cdiv(end, FORWARD),)](
                 x, numerator.contiguous(), denominator.contiguous(), y, end, chunks, chunks // len(numerator),
-                **_of(numerator, denominator, absolute), BLOCK=FORWARD, CHUNK=chunk,
+                **_of(numerator, denominator, absolute), BLOCK=FORWARD, CHUNK=chunk, num_warps=FORWARD_WARPS,
             )  # fmt: skip
     return y
 
