@@ -18,9 +18,7 @@ from torch import Tensor
 
 from kallm_bench.kan.kernels.tiles import Launch, chunk_size, cut, place
 
-FORWARD, FORWARD_WARPS = 128, 2
-"""Chunks that a program takes, one after the other in memory as a copy does, and its warps."""
-
+FORWARD = Launch(chunks=128, warps=2)  # of memory as it lies, as a copy goes over it
 BACKWARD = Launch(chunks=128, warps=4, programs=6 * 132)  # all at once on an H100, where 72 registers leave room for 7
 
 
@@ -50,9 +48,9 @@ def _rational(x: Tensor, numerator: Tensor, denominator: Tensor, absolute: bool)
         chunk = chunk_size(x.shape[-1] // len(numerator), x.element_size())
         chunks, end = x.shape[-1] // chunk, x.numel() // chunk
         with torch.cuda.device_of(x):
-            _forward[(triton.cdiv(end, FORWARD),)](
+            _forward[(triton.cdiv(end, FORWARD.chunks),)](
                 x, numerator.contiguous(), denominator.contiguous(), y, end, chunks, chunks // len(numerator),
-                **_of(numerator, denominator, absolute), BLOCK=FORWARD, CHUNK=chunk, num_warps=FORWARD_WARPS,
+                **_of(numerator, denominator, absolute), BLOCK=FORWARD.chunks, CHUNK=chunk, num_warps=FORWARD.warps,
             )  # fmt: skip
     return y
 
