@@ -121,7 +121,10 @@ def test_two_ways_of_asking_are_compared_each_with_itself(bench: Bench) -> None:
     table = differences(bench)
     assert table is not None
     found = [(row.label, row.words["against"], row.figures["accuracy_difference"].value) for row in table.rows]
-    assert found == [("kan (1)", "linear (1)", 75.0), ("kan (2)", "linear (2)", 0.0)]
+    assert found == [
+        ("kan (chat, procedural)", "linear (chat, procedural)", 75.0),
+        ("kan (zeroshot)", "linear (zeroshot)", 0.0),
+    ]
 
 
 def test_other_held_out_rows_are_never_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +134,21 @@ def test_other_held_out_rows_are_never_compared(bench: Bench, monkeypatch: pytes
     row = rows(bench, "linear")["kan"]
     assert "heldout_loss_difference" not in row.figures
     assert "accuracy_difference" in row.figures
+
+
+def test_unequal_pairs_are_named(bench: Bench) -> None:
+    bench.arm("linear", 0, LINEAR, 2.1, right=8, replaced=1000)
+    bench.arm("kan", 0, KAN, 2.2, right=8, replaced=1005)
+    bench.arm("warm", 0, KAN | {"start": "lstsq"}, 2.0, right=8, replaced=500)
+
+    def unequal() -> list[str]:
+        table = differences(bench)
+        assert table is not None
+        return [note for note in table.notes if note.startswith("Not of equal")]
+
+    assert unequal() == ["Not of equal size: 'warm' beside 'linear'.", "Not of equal start: 'warm' beside 'linear'."]
+    bench.arm("linear-warm", 0, LINEAR | {"start": "lstsq"}, 2.1, right=8, replaced=500)
+    assert unequal() == []
 
 
 def test_answers_that_are_gone_leave_the_rest(bench: Bench) -> None:

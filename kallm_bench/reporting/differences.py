@@ -16,7 +16,7 @@ from kallm_bench.records.comparison import MARGIN, POWER, Comparison
 from kallm_bench.records.statistics import difference_interval
 from kallm_bench.reporting.answers import AnswerBook
 from kallm_bench.reporting.arms import Arm
-from kallm_bench.reporting.controls import Controls, is_kan, is_linear, matched
+from kallm_bench.reporting.controls import Controls, is_kan, is_linear, matched, started_alike
 from kallm_bench.reporting.rows import ACCURACIES, figure_of, measured
 from kallm_bench.reporting.table import Figure, Row, Table
 
@@ -104,7 +104,9 @@ def _row(book: AnswerBook, arm: Arm, other: Arm) -> Row:
     for stage, metric, ratio, _ in RATIOS:
         if ratio not in figures and (figure := _ratio(book, arm, other, stage, metric)):
             figures[ratio] = figure
-    return Row(arm.name, figures=figures, words=words, seeds=arm.seeds, number=arm.number, comparison=comparison)
+    return Row(
+        arm.name, figures=figures, words=words, seeds=arm.seeds, number=arm.number, way=arm.way, comparison=comparison
+    )
 
 
 def _compared(book: AnswerBook, arm: Arm, other: Arm) -> Comparison | None:
@@ -203,13 +205,11 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
     unequal = [f"'{arm.label}' and '{other.label}'" for arm, other in pairs if not _same_questions(arm, other)]
     if unequal:
         yield f"No accuracy difference where the questions, or how they were asked, differ: {'; '.join(unequal)}."
-    fewer = [
-        f"'{arm.label}' beside '{other.label}'"
-        for arm, other in pairs
-        if is_kan(arm) and is_linear(other) and not matched(arm, other)
-    ]
-    if fewer:
-        yield f"Not of equal size: {'; '.join(fewer)}."
+    linear = [(arm, other) for arm, other in pairs if is_kan(arm) and is_linear(other)]
+    for what, equal in (("size", matched), ("start", started_alike)):
+        others = dict.fromkeys(f"'{arm.name}' beside '{other.name}'" for arm, other in linear if not equal(arm, other))
+        if others:
+            yield f"Not of equal {what}: {'; '.join(others)}."
 
 
 def _named_tasks(rows: Sequence[Row]) -> Iterable[str]:

@@ -13,7 +13,7 @@ from kallm_bench.records import Metric, RunRecord
 from kallm_bench.records.comparison import holm
 from kallm_bench.records.statistics import mean_interval
 from kallm_bench.reporting.answers import AnswerBook
-from kallm_bench.reporting.arms import Arm, what_it_is
+from kallm_bench.reporting.arms import Arm, asked_how, what_it_is
 from kallm_bench.reporting.chance import judged, mark_of
 from kallm_bench.reporting.table import Curve, Figure, Row, TaskScore
 
@@ -54,7 +54,8 @@ def arm_row(book: AnswerBook, arm: Arm) -> Row:
     """What is known of an arm."""
     figures = {}
     for stage, metric, _ in STAGE_COLUMNS:
-        if figure := figure_of(book, arm.stages.get(stage, []), metric):
+        records = arm.stages.get(stage) or (arm.stages.get("retrofit", []) if metric == "parameters" else [])
+        if figure := figure_of(book, records, metric):
             figures[metric] = figure
     return Row(
         arm.name,
@@ -62,6 +63,7 @@ def arm_row(book: AnswerBook, arm: Arm) -> Row:
         arm.seeds,
         figures,
         number=arm.number,
+        way=arm.way,
         asked=asked_how(arm.stages.get("eval-bbh", [])),
         tasks=_tasks(arm.stages.get("eval-bbh", [])),
         curves=tuple(_curves(arm.stages.get("train", []))),
@@ -152,15 +154,6 @@ def _thinned(tokens: list[float], losses: np.ndarray) -> list[tuple[float, float
     ends = np.append(starts[1:], len(losses))
     means = np.add.reduceat(losses, starts) / (ends - starts)
     return [(tokens[end - 1], float(mean)) for end, mean in zip(ends, means, strict=True)]
-
-
-def asked_how(records: Sequence[RunRecord]) -> str:
-    """Protocol, reading where it is none of its own, and questions where they are not BIG-Bench Hard's."""
-    if not records:
-        return ""
-    settings, source = records[0].settings, records[0].data.get("source")
-    parts = [settings.get("protocol"), settings.get("reading"), source if source != "BIG-Bench Hard" else None]
-    return ", ".join(dict.fromkeys(str(part) for part in parts if part))
 
 
 def chance_rows(arms: Sequence[Arm]) -> list[Row]:
