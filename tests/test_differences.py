@@ -121,7 +121,10 @@ def test_two_ways_of_asking_are_compared_each_with_itself(bench: Bench) -> None:
     table = differences(bench)
     assert table is not None
     found = [(row.label, row.words["against"], row.figures["accuracy_difference"].value) for row in table.rows]
-    assert found == [("kan (1)", "linear (1)", 75.0), ("kan (2)", "linear (2)", 0.0)]
+    assert found == [
+        ("kan (chat, procedural)", "linear (chat, procedural)", 75.0),
+        ("kan (zeroshot)", "linear (zeroshot)", 0.0),
+    ]
 
 
 def test_other_held_out_rows_are_never_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +134,55 @@ def test_other_held_out_rows_are_never_compared(bench: Bench, monkeypatch: pytes
     row = rows(bench, "linear")["kan"]
     assert "heldout_loss_difference" not in row.figures
     assert "accuracy_difference" in row.figures
+
+
+def with_curve(bench: Bench, name: str, seed: int, losses: tuple[float, ...], spec: dict[str, Any]) -> None:
+    """An arm whose held-out losses were taken before the first of 8 steps, after every second one, and at the end."""
+    settings = test_reporting.TRAINING | {"seed": seed, "weights": "base"}
+    metrics = [
+        Metric("heldout_loss", losses[-1], n=500),
+        Metric("trained_tokens", 8000),
+        Metric("train_loss", 2.0, n=1, samples=(3.0,) * 8),
+        Metric("heldout_curve", min(losses), n=len(losses), samples=losses, note="samples every 2 steps"),
+    ]
+    model = {"fingerprint": f"trained {name} {seed}", "specs": [spec]}
+    bench.record("train", name, seed, settings, metrics, model=model, data={"source": "chat"})
+
+
+def test_tokens_to_the_loss_of_another(bench: Bench) -> None:
+    linear, kan = ({"blocks": [1], "hidden": 8, "form": "stack", "constant": "bias", **spec} for spec in (LINEAR, KAN))
+    for seed in range(2):
+        with_curve(bench, "linear", seed, (5.0, 4.0, 3.5, 3.25, 3.0), linear)
+    with_curve(bench, "fast", 0, (5.0, 3.5, 2.5, 2.4, 2.3), kan)  # half way between a quarter and a half
+    with_curve(bench, "fast", 1, (5.0, 3.0, 2.5, 2.4, 2.3), kan)
+    with_curve(bench, "late", 0, (5.0, 4.0, 3.5, 3.25, 2.75), kan)  # half way in the last quarter
+    with_curve(bench, "never", 0, (5.0, 4.0, 3.5, 3.25, 2.9), kan)
+    with_curve(bench, "never", 1, (5.0, 4.0, 3.5, 3.25, 3.01), kan)
+    with_curve(bench, "there", 0, (3.0, 2.9, 2.8, 2.7, 2.6), kan)
+    table = differences(bench, "linear")
+    assert table is not None
+    found = {row.name: row.figures.get("tokens_to_reference") for row in table.rows}
+    assert {name: figure and figure.value for name, figure in found.items()} == {
+        "fast": pytest.approx(0.3125), "late": pytest.approx(0.875), "never": None, "there": 0.0
+    }  # fmt: skip
+    assert found["fast"] is not None
+    assert found["fast"].interval == pytest.approx((0.0, 1.1066), abs=1e-3)  # 0.375 and 0.25, by Student's t
+    assert "Not as low, in some seed, by the end: never." in table.notes
+
+
+def test_unequal_pairs_are_named(bench: Bench) -> None:
+    bench.arm("linear", 0, LINEAR, 2.1, right=8, replaced=1000)
+    bench.arm("kan", 0, KAN, 2.2, right=8, replaced=1005)
+    bench.arm("warm", 0, KAN | {"start": "lstsq"}, 2.0, right=8, replaced=500)
+
+    def unequal() -> list[str]:
+        table = differences(bench)
+        assert table is not None
+        return [note for note in table.notes if note.startswith("Not of equal")]
+
+    assert unequal() == ["Not of equal size: 'warm' beside 'linear'.", "Not of equal start: 'warm' beside 'linear'."]
+    bench.arm("linear-warm", 0, LINEAR | {"start": "lstsq"}, 2.1, right=8, replaced=500)
+    assert unequal() == []
 
 
 def test_answers_that_are_gone_leave_the_rest(bench: Bench) -> None:

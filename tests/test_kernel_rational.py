@@ -93,7 +93,7 @@ def test_kernel_is_as_accurate_as_the_reference(family, p, q, groups, shape, dty
 @pytest.mark.parametrize("family", FAMILIES)
 def test_programs_walk_over_many_tiles(family, monkeypatch):
     """As they do in tensors too large for tests: here the tiles are small and the programs few."""
-    monkeypatch.setattr(module, "FORWARD", 8)
+    monkeypatch.setattr(module, "FORWARD", Launch(chunks=8, warps=1))
     monkeypatch.setattr(module, "BACKWARD", Launch(chunks=8, warps=1, programs=5))
     assert_kernel_is_as_exact(family, make_inputs(5, 4, 2, (21, 40), torch.float32))
 

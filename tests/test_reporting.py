@@ -160,6 +160,18 @@ def test_a_seed_without_a_profile_belongs_to_those_with_one(bench: Bench, tmp_pa
     assert [row.seeds for row in only_table(unprofiled).rows if row.name == "kan"] == [2]
 
 
+def test_what_was_asked_again_stands_for_the_first_time(bench: Bench) -> None:
+    """Also where the first record was made before settings of later versions were noted."""
+    bench.arm("kan", 0, {"basis": "cheby2"}, 2.0, right=8, replaced=100)
+    later = {"reading": "chat", "batch_invariant": False, "prompts": "p", "weights": bench.trained}
+    about = {"data": {"source": "procedural", "fingerprint": "q"}}
+    bench.record("eval-bbh", "kan", 0, ASKED | later, [Metric("accuracy", 0.5, n=8)], **about)
+    assert [row.figures["accuracy"].value for row in only_table(bench).rows if row.name == "kan"] == [0.5]
+    bench.record("eval-bbh", "kan", 0, ASKED | later | {"prompts": "others"}, [Metric("accuracy", 0.25, n=8)], **about)
+    rows = [row for row in only_table(bench).rows if row.name == "kan"]
+    assert [(row.label, row.figures["accuracy"].value) for row in rows] == [("kan (1)", 0.5), ("kan (2)", 0.25)]
+
+
 def test_arms_that_were_taught_otherwise_say_so_and_need_a_control_of_their_own(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,6 +276,11 @@ def test_missing_controls_are_named(bench: Bench) -> None:
     bench.arm("linear", 0, {"basis": "linear"}, 2.0, right=8, replaced=3000)
     assert missing() == "Not in this suite: a linear control with as many parameters as 'kan'."
     bench.arm("matched", 0, {"basis": "linear", "hidden": 512}, 2.0, right=8, replaced=1010)
+    assert missing() == ""
+    bench.arm("kan-warm", 0, {"basis": "cheby2", "degree": 2, "start": "lstsq"}, 2.0, right=8, replaced=1000)
+    wanted = "Not in this suite: a linear control with as many parameters as 'kan-warm', started like it."
+    assert missing() == wanted
+    bench.arm("matched-warm", 0, {"basis": "linear", "start": "lstsq"}, 2.0, right=8, replaced=1010)
     assert missing() == ""
 
 

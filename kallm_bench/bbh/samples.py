@@ -33,11 +33,16 @@ SAMPLE_FIELDS = (
 )
 """Of a sample, in the order they are written.
 
-choices: those compared, or what the question lists; loglikelihoods: of those compared, in nats; completion: the reply,
-None where choices are compared; extracted: the answer, None where none could be read; target_loglikelihood,
-target_rank: of the gold answer among the choices compared, from 1, None where it is none of them; left_out_tokens: cut
-from the prompt's beginning to fit the context; forwarded_tokens: put through the model for this question.
+prompt_sha256: its first DIGITS digits; choices: those compared, or what the question lists; loglikelihoods: of those
+compared, in nats; completion: the reply, None where choices are compared; extracted: the answer, None where none
+could be read; target_loglikelihood, target_rank: of the gold answer among the choices compared, from 1, None where it
+is none of them; left_out_tokens: cut from the prompt's beginning to fit the context; forwarded_tokens: put through
+the model for this question.
 """
+
+
+DIGITS = 16
+"""Of a hash, 64 bits: they tell prompts apart, and all 64 digits would be half of what a file of samples takes."""
 
 
 def key_of(sample: Sample) -> Key:
@@ -50,7 +55,7 @@ def sample_of(prompt: Prompt, protocol: str, **found: Any) -> Sample:
         "task": prompt.task,
         "index": prompt.index,
         "protocol": protocol,
-        "prompt_sha256": prompt.sha256,
+        "prompt_sha256": prompt.sha256[:DIGITS],
         "target": prompt.target,
     } | found
     return {field: known[field] for field in SAMPLE_FIELDS}

@@ -106,7 +106,7 @@ def _cpu_name() -> str:
 @cache
 def _git_state() -> dict[str, Any] | None:
     """The commit this code stands at, and whether it was changed since; None outside a checkout."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()

@@ -88,6 +88,9 @@ METRICS: dict[str, MetricKind] = {
     "detectable_difference": MetricKind("points", "lower", "the smallest that these questions show four times in five"),
     "heldout_loss_difference": MetricKind("nats/token", "lower", "less the reference's; interval over seeds"),
     "class_loss_difference": MetricKind("nats/text", "lower", "less the reference's; interval over seeds"),
+    "tokens_to_reference": MetricKind(
+        "times", "lower", "tokens to the reference's final held-out loss over all that the reference was trained with"
+    ),
     "parameters_to_reference": MetricKind("times", "lower", "parameters over the reference's"),
     "prefill_to_reference": MetricKind("times", "higher", "prefill_tokens_per_second over the reference's"),
     "decode_to_reference": MetricKind("times", "higher", "decode_tokens_per_second over the reference's"),

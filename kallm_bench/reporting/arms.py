@@ -21,16 +21,18 @@ class Arm:
     Args:
         base: fingerprint of the weights that all of it began from.
         number: 1, 2, … where several arms go by this name, else 0.
+        way: how its questions were asked, where that alone tells it from the others of its name.
     """
 
     name: str
     stages: dict[str, list[RunRecord]]
     base: str = ""
     number: int = 0
+    way: str = ""
 
     @property
     def label(self) -> str:
-        return f"{self.name} ({self.number})" if self.number else self.name
+        return labelled(self.name, self.number, self.way)
 
     @functools.cached_property
     def specs(self) -> list[dict[str, Any]]:
@@ -66,6 +68,20 @@ class Arm:
         return len({record.seed for stage, records in self.stages.items() if stage != "retrofit" for record in records})
 
 
+def labelled(name: str, number: int, way: str) -> str:
+    """The name, and what tells it from others like it: how questions were asked if that does, else a number."""
+    return f"{name} ({way or number})" if number else name
+
+
+def asked_how(records: Sequence[RunRecord]) -> str:
+    """Protocol, reading where it is none of its own, and questions where they are not BIG-Bench Hard's."""
+    if not records:
+        return ""
+    settings, source = records[0].settings, records[0].data.get("source")
+    parts = [settings.get("protocol"), settings.get("reading"), source if source != "BIG-Bench Hard" else None]
+    return ", ".join(dict.fromkeys(str(part) for part in parts if part))
+
+
 def comparable(record: RunRecord) -> dict[str, Any]:
     """A record's settings less what differs between seeds by nature: the seed and the weights."""
     settings = {key: value for key, value in record.settings.items() if key not in ("seed", "weights")}
@@ -90,17 +106,46 @@ def variants(name: str, records: Sequence[RunRecord], known: Mapping[str, RunRec
         newest = {record.stage: record for record in mine if record.seed == seed}
         weights = _weights(newest)
         of_weights = [r for r in mine if r.seed == seed and r.settings.get("weights") == weights]
-        asked = {_signature([r]): r for r in of_weights if r.stage == "eval-bbh"}
+        asked = _answers([r for r in of_weights if r.stage == "eval-bbh"])
         profiled = [r for r in of_weights if r.stage == "profile"][-1:]
         base = [newest["train"]] if "train" in newest else []
-        for answers in [[each] for each in asked.values()] or [[]]:
+        for answers in [[each] for each in asked] or [[]]:
             line = [*base, *answers, *profiled]
             of_seed = [*_retrofits(line or list(newest.values()), known), *line]
             alike = [record for record in of_seed if record.stage != "profile"]
             found[_signature(alike) + _base(of_seed, known)][_signature(profiled)].append(of_seed)
     several = [seeds for profiled in found.values() for seeds in _with_unprofiled(profiled)]
     arms = [arm for seeds in several if (arm := _arm(name, seeds, known)).measured]
-    return [dataclasses.replace(arm, number=number if len(arms) > 1 else 0) for number, arm in enumerate(arms, start=1)]
+    if len(arms) < 2:
+        return arms
+    ways = [asked_how(arm.stages.get("eval-bbh", [])) for arm in arms]
+    tell = all(ways) and len(set(ways)) == len(ways)
+    return [
+        dataclasses.replace(arm, number=number, way=way if tell else "")
+        for number, (arm, way) in enumerate(zip(arms, ways, strict=True), start=1)
+    ]
+
+
+ASKED = ("protocol", "tasks", "questions", "max_new_tokens", "device", "dtype")
+"""Settings that make an evaluation another one, and have been noted from the first on."""
+
+
+def _answers(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The newest evaluation for each way of asking; of `records`, oldest first.
+
+    The earliest ones noted neither reading nor prompts: they count where nothing newer was asked the same.
+    """
+    found: dict[str, dict[str, RunRecord]] = defaultdict(dict)
+    for record in records:
+        settings = record.settings
+        same = {name: settings.get(name) for name in ASKED}
+        same |= {"reading": settings.get("reading") or settings.get("protocol")}
+        same |= {"batch_invariant": bool(settings.get("batch_invariant"))}
+        found[json.dumps(same, sort_keys=True)][settings.get("prompts") or ""] = record
+    for by_prompts in found.values():
+        if len(by_prompts) > 1:
+            by_prompts.pop("", None)
+    return [record for by_prompts in found.values() for record in by_prompts.values()]
 
 
 def _with_unprofiled(found: dict[str, list[list[RunRecord]]]) -> list[list[list[RunRecord]]]:

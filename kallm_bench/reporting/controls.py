@@ -40,7 +40,7 @@ class Controls:
 def _keys(arm: Arm) -> list[tuple[str, str, str]]:
     """How it was trained; with what else it may have in common with another, the most first."""
     asked = json.dumps(arm.settings.get("eval-bbh"), sort_keys=True)
-    training, start = _training(arm), str((arm.spec or {}).get("start", "random"))
+    training, start = _training(arm), _start(arm)
     return [(training, start, asked), (training, "", asked), (training, start, ""), (training, "", "")]
 
 
@@ -55,6 +55,15 @@ def is_linear(arm: Arm) -> bool:
 def matched(arm: Arm, other: Arm) -> bool:
     """Whether the modules put in are of the same size."""
     return bool(arm.replaced_parameters) and abs(other.replaced_parameters / arm.replaced_parameters - 1) < MATCHED
+
+
+def started_alike(arm: Arm, other: Arm) -> bool:
+    """Whether the modules put in were given their first values in the same way."""
+    return _start(arm) == _start(other)
+
+
+def _start(arm: Arm) -> str:
+    return str((arm.spec or {}).get("start", "random"))
 
 
 def _size(arm: Arm) -> float:
@@ -76,12 +85,14 @@ def missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
         yield "the untouched model"
     if not linears:
         yield "a linear restart"
-    teachers = [(_teacher(linear), linear) for linear in linears]
+    ways = [((_teacher(linear), _start(linear)), linear) for linear in linears]
+    lacking: dict[str, None] = {}
     for kan in kans:
-        teacher = _teacher(kan)
-        if not any(other == teacher and matched(kan, linear) for other, linear in teachers):
-            how = ", distilled like it" if teacher else ""
-            yield f"a linear control with as many parameters as '{kan.name}'{how}"
+        teacher, start = _teacher(kan), _start(kan)
+        if not any(way == (teacher, start) and matched(kan, linear) for way, linear in ways):
+            how = (", started like it" if start != "random" else "") + (", distilled like it" if teacher else "")
+            lacking[f"a linear control with as many parameters as '{kan.name}'{how}"] = None
+    yield from lacking
 
 
 def _teacher(arm: Arm) -> Any:

@@ -16,8 +16,9 @@ from kallm_bench.records.comparison import MARGIN, POWER, Comparison
 from kallm_bench.records.statistics import difference_interval
 from kallm_bench.reporting.answers import AnswerBook
 from kallm_bench.reporting.arms import Arm
-from kallm_bench.reporting.controls import Controls, is_kan, is_linear, matched
-from kallm_bench.reporting.rows import ACCURACIES, figure_of, measured
+from kallm_bench.reporting.controls import Controls, is_kan, is_linear, matched, started_alike
+from kallm_bench.reporting.curves import has_curve, measured, tokens_to_loss
+from kallm_bench.reporting.rows import ACCURACIES, figure_of
 from kallm_bench.reporting.table import Figure, Row, Table
 
 ALPHA = 0.05
@@ -29,6 +30,8 @@ LOSSES = {
     "heldout_loss": ("heldout_loss_difference", "held-out loss difference"),
     "class_loss": ("class_loss_difference", "class loss difference"),
 }
+
+TOKENS = "tokens_to_reference"
 
 RATIOS: tuple[tuple[str, str, str, str], ...] = (
     ("profile", "parameters", "parameters_to_reference", "× parameters"),
@@ -47,6 +50,7 @@ COLUMNS = (
     ("accuracy_difference", "accuracy difference, points"),
     ("detectable_difference", "detectable"),
     *LOSSES.values(),
+    (TOKENS, "× tokens to its loss"),
     *dict.fromkeys((ratio, heading) for _, _, ratio, heading in RATIOS),
 )
 
@@ -101,10 +105,16 @@ def _row(book: AnswerBook, arm: Arm, other: Arm) -> Row:
     for metric, (difference, _) in LOSSES.items():
         if figure := _loss_difference(arm, other, metric):
             figures[difference] = figure
+    if _same_heldout(arm, other) and (
+        figure := tokens_to_loss(arm.stages.get("train", []), other.stages.get("train", []))
+    ):
+        figures[TOKENS] = figure
     for stage, metric, ratio, _ in RATIOS:
         if ratio not in figures and (figure := _ratio(book, arm, other, stage, metric)):
             figures[ratio] = figure
-    return Row(arm.name, figures=figures, words=words, seeds=arm.seeds, number=arm.number, comparison=comparison)
+    return Row(
+        arm.name, figures=figures, words=words, seeds=arm.seeds, number=arm.number, way=arm.way, comparison=comparison
+    )
 
 
 def _compared(book: AnswerBook, arm: Arm, other: Arm) -> Comparison | None:
@@ -200,16 +210,25 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
     losses = [figure for row in rows for name, _ in LOSSES.values() if (figure := row.figures.get(name))]
     if any(figure.interval is None for figure in losses):
         yield "Differences of losses without an interval are of one seed: another seed may turn them round."
+    reached = {row.name for row in rows if TOKENS in row.figures}
+    if reached:
+        yield (
+            "× tokens to its loss: the share of the other's tokens after which an arm's held-out loss is as low as the "
+            "other's in the end, by straight lines between held-out losses."
+        )
+    late = dict.fromkeys(
+        arm.name for arm, _ in pairs if has_curve(arm.stages.get("train", [])) and arm.name not in reached
+    )
+    if late:
+        yield f"Not as low, in some seed, by the end: {', '.join(late)}."
     unequal = [f"'{arm.label}' and '{other.label}'" for arm, other in pairs if not _same_questions(arm, other)]
     if unequal:
         yield f"No accuracy difference where the questions, or how they were asked, differ: {'; '.join(unequal)}."
-    fewer = [
-        f"'{arm.label}' beside '{other.label}'"
-        for arm, other in pairs
-        if is_kan(arm) and is_linear(other) and not matched(arm, other)
-    ]
-    if fewer:
-        yield f"Not of equal size: {'; '.join(fewer)}."
+    linear = [(arm, other) for arm, other in pairs if is_kan(arm) and is_linear(other)]
+    for what, equal in (("size", matched), ("start", started_alike)):
+        others = dict.fromkeys(f"'{arm.name}' beside '{other.name}'" for arm, other in linear if not equal(arm, other))
+        if others:
+            yield f"Not of equal {what}: {'; '.join(others)}."
 
 
 def _named_tasks(rows: Sequence[Row]) -> Iterable[str]:

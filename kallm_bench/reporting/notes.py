@@ -107,14 +107,14 @@ def _interval_notes(figures: Sequence[Figure]) -> Iterable[str]:
 
 
 def _seed_notes(arms: Sequence[Arm]) -> Iterable[str]:
-    single = [arm.label for arm in arms if arm.seeds == 1]
+    single = dict.fromkeys(arm.name if arm.way else arm.label for arm in arms if arm.seeds == 1)
     if single:
         yield f"One seed only: {', '.join(single)}. Differences between arms say nothing about other seeds."
 
 
 def _variant_notes(arms: Sequence[Arm]) -> Iterable[str]:
     """Of rows that go by one name, and so were not averaged, in what they differ."""
-    for name in dict.fromkeys(arm.name for arm in arms if arm.number):
+    for name in dict.fromkeys(arm.name for arm in arms if arm.number and not arm.way):
         flat = {arm.label: _flat(arm) for arm in arms if arm.name == name}
         keys = sorted({key for each in flat.values() for key in each})
         keys = [key for key in keys if len({each.get(key) for each in flat.values()}) > 1]
@@ -154,15 +154,16 @@ RESERVED = ("prefill_tokens_per_second", "decode_tokens_per_second", "train_toke
 
 
 def _measurement_notes(arms: Sequence[Arm]) -> Iterable[str]:
-    noted: dict[str, list[str]] = {}
+    noted: dict[str, dict[str, dict[str, None]]] = {}  # reservation -> metric -> arms, in order
     for arm in arms:
         for record in (*arm.stages.get("train", []), *arm.stages.get("profile", [])):
             for metric in record.metrics:
                 said = [part for part in metric.note.split("; ") if part and not part.startswith("spread")]
-                if said and metric.value is not None and metric.name in RESERVED:
-                    noted.setdefault("; ".join(said), []).append(f"{metric.name} of {arm.label}")
-    for reservation, where in noted.items():
-        yield f"Measured with reservations: {reservation} ({', '.join(where)})."
+                for reservation in said if metric.value is not None and metric.name in RESERVED else ():
+                    noted.setdefault(reservation, {}).setdefault(metric.name, {})[arm.name] = None
+    for reservation, metrics in noted.items():
+        where = "; ".join(f"{metric} of {', '.join(names)}" for metric, names in metrics.items())
+        yield f"Measured with reservations: {reservation} ({where})."
 
 
 def _machine(testbed: dict[str, Any]) -> str:
@@ -175,7 +176,8 @@ def _machine(testbed: dict[str, Any]) -> str:
 
 def place(testbed: dict[str, Any], records: Sequence[RunRecord]) -> str:
     """Where records were made: the machine, what computed, the code's commits."""
-    commits = {(record.environment.get("git") or {}).get("commit", "")[:10] for record in records} - {""}
+    states = [state for record in records if (state := record.environment.get("git"))]
+    commits = {state["commit"][:10] + (" (changed)" if state.get("dirty") else "") for state in states}
     devices = {
         f"{record.settings['device']} in {record.settings['dtype']}" for record in records if "dtype" in record.settings
     }

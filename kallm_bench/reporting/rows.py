@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from kallm_bench.records import Metric, RunRecord
 from kallm_bench.records.comparison import holm
 from kallm_bench.records.statistics import mean_interval
 from kallm_bench.reporting.answers import AnswerBook
-from kallm_bench.reporting.arms import Arm, what_it_is
+from kallm_bench.reporting.arms import Arm, asked_how, what_it_is
 from kallm_bench.reporting.chance import judged, mark_of
-from kallm_bench.reporting.table import Curve, Figure, Row, TaskScore
+from kallm_bench.reporting.curves import curves_of, measured
+from kallm_bench.reporting.table import Figure, Row, TaskScore
 
 STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("profile", "parameters", "parameters"),
@@ -43,18 +41,13 @@ What stands after a metric's slash tells two stages apart that measure the same.
 ACCURACIES = {"eval-bbh": "accuracy", "train": "class_accuracy"}
 """Stages that ask questions, and the metric of their answers."""
 
-CURVES = ("train_loss", "heldout_curve")
-"""Metrics whose samples are losses on the way, from the first step or from before it to the last."""
-
-POINTS = 150
-"""Of a curve with more, so many means of neighbours are shown."""
-
 
 def arm_row(book: AnswerBook, arm: Arm) -> Row:
     """What is known of an arm."""
     figures = {}
     for stage, metric, _ in STAGE_COLUMNS:
-        if figure := figure_of(book, arm.stages.get(stage, []), metric):
+        records = arm.stages.get(stage) or (arm.stages.get("retrofit", []) if metric == "parameters" else [])
+        if figure := figure_of(book, records, metric):
             figures[metric] = figure
     return Row(
         arm.name,
@@ -62,9 +55,10 @@ def arm_row(book: AnswerBook, arm: Arm) -> Row:
         arm.seeds,
         figures,
         number=arm.number,
+        way=arm.way,
         asked=asked_how(arm.stages.get("eval-bbh", [])),
         tasks=_tasks(arm.stages.get("eval-bbh", [])),
-        curves=tuple(_curves(arm.stages.get("train", []))),
+        curves=tuple(curves_of(arm.stages.get("train", []))),
     )
 
 
@@ -86,12 +80,6 @@ def figure_of(book: AnswerBook, records: Sequence[RunRecord], metric: str) -> Fi
     if len(found[0].samples) > 2:
         return Figure(mean, (min(found[0].samples), max(found[0].samples)), over="samples")
     return Figure(mean)
-
-
-def measured(record: RunRecord, metric: str) -> Metric | None:
-    """A record's metric of that name, whatever follows its slash, if it has a value."""
-    name = metric.partition("/")[0]
-    return next((each for each in record.metrics if each.name == name and each.value is not None), None)
 
 
 def _tasks(records: Sequence[RunRecord]) -> dict[str, TaskScore]:
@@ -120,47 +108,6 @@ def _above(accuracy: float, questions: int, guessing: float) -> float:
 
     right = int(accuracy * questions + 1e-6)
     return float(special.bdtrc(right - 1, questions, guessing)) if right and guessing else 1.0
-
-
-def _curves(records: Sequence[RunRecord]) -> Iterable[Curve]:
-    """Losses over trained tokens, of seeds that took as many steps."""
-    for name in CURVES:
-        metrics = [each for record in records if (each := measured(record, name)) and len(each.samples) > 1]
-        counts = {len(each.samples) for each in metrics}
-        tokens = next((value for record in records if (value := record.value("trained_tokens"))), 0.0)
-        if len(counts) != 1 or not tokens:
-            continue
-        means = np.mean([metric.samples for metric in metrics], axis=0)
-        steps = next((len(each.samples) for record in records if (each := measured(record, "train_loss"))), 0)
-        yield Curve(name, _thinned(_places(metrics[0], tokens, steps), means))
-
-
-def _places(metric: Metric, tokens: float, steps: int) -> list[float]:
-    """The trained tokens at each sample: with its own step's for a loss of training, without for a held-out one."""
-    count = len(metric.samples)
-    if metric.name == "train_loss":
-        return [tokens * (number + 1) / count for number in range(count)]
-    every = re.search(r"samples every (\d+) steps", metric.note)
-    share = int(every[1]) / steps if every and steps else 1 / (count - 1)
-    return [*(tokens * number * share for number in range(count - 1)), tokens]
-
-
-def _thinned(tokens: list[float], losses: np.ndarray) -> list[tuple[float, float]]:
-    """Means of neighbours, each at the last of its places."""
-    size = -(-len(losses) // POINTS)
-    starts = np.arange(0, len(losses), size)
-    ends = np.append(starts[1:], len(losses))
-    means = np.add.reduceat(losses, starts) / (ends - starts)
-    return [(tokens[end - 1], float(mean)) for end, mean in zip(ends, means, strict=True)]
-
-
-def asked_how(records: Sequence[RunRecord]) -> str:
-    """Protocol, reading where it is none of its own, and questions where they are not BIG-Bench Hard's."""
-    if not records:
-        return ""
-    settings, source = records[0].settings, records[0].data.get("source")
-    parts = [settings.get("protocol"), settings.get("reading"), source if source != "BIG-Bench Hard" else None]
-    return ", ".join(dict.fromkeys(str(part) for part in parts if part))
 
 
 def chance_rows(arms: Sequence[Arm]) -> list[Row]:

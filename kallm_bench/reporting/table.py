@@ -8,6 +8,7 @@ from typing import Literal
 
 from kallm_bench.records.comparison import Comparison
 from kallm_bench.records.statistics import Interval
+from kallm_bench.reporting.arms import labelled
 
 SUBTITLES = {
     "arms": "",
@@ -64,6 +65,7 @@ class Row:
         figures: by metric.
         words: what is no number, by heading.
         number: 1, 2, … where several rows go by this name, else 0; a note says how they differ.
+        way: how its questions were asked, where that alone tells it from the others of its name.
         asked: how its questions were asked, in a word or two; rows that differ in it share no axis of accuracy.
         comparison: with another row, on the questions that both were asked.
         tasks, curves: of the row's figures, for those who look closer.
@@ -75,6 +77,7 @@ class Row:
     figures: dict[str, Figure] = field(default_factory=dict)
     words: dict[str, str] = field(default_factory=dict)
     number: int = 0
+    way: str = ""
     asked: str = ""
     comparison: Comparison | None = None
     tasks: dict[str, TaskScore] = field(default_factory=dict)
@@ -82,8 +85,8 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The name, with its number where it needs one."""
-        return f"{self.name} ({self.number})" if self.number else self.name
+        """The name, with what tells it from others of that name."""
+        return labelled(self.name, self.number, self.way)
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from kallm_bench.kan.kernels.tiles import Launch, chunk_size, cut, place
 
-FORWARD = 128
-"""Chunks that a program takes, one after the other in memory, as a copy does."""
-
+FORWARD = Launch(chunks=128, warps=4)  # of memory as it lies, as a copy goes over it
 BACKWARD = Launch(chunks=128, warps=4, programs=6 * 132)  # all at once on an H100, where 72 registers leave room for 7
 
 
@@ -50,9 +48,9 @@ def _rational(x: Tensor, numerator: Tensor, denominator: Tensor, absolute: bool)
         chunk = chunk_size(x.shape[-1] // len(numerator), x.element_size())
         chunks, end = x.shape[-1] // chunk, x.numel() // chunk
         with torch.cuda.device_of(x):
-            _forward[(triton.cdiv(end, FORWARD),)](
+            _forward[(triton.cdiv(end, FORWARD.chunks),)](
                 x, numerator.contiguous(), denominator.contiguous(), y, end, chunks, chunks // len(numerator),
-                **_of(numerator, denominator, absolute), BLOCK=FORWARD, CHUNK=chunk,
+                **_of(numerator, denominator, absolute), BLOCK=FORWARD.chunks, CHUNK=chunk, num_warps=FORWARD.warps,
             )  # fmt: skip
     return y
 
@@ -172,11 +170,10 @@ def _forward(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK * CHUNK)
     mask = offset < tl.minimum(END - first, BLOCK).to(tl.int32) * CHUNK
-    loaded = tl.load(x_pointer + first * CHUNK + offset, mask=mask, other=0.0)  # on its way before all that follows
     group = (tl.program_id(0) % CHUNKS * BLOCK + tl.arange(0, BLOCK)) % CHUNKS // GROUP
     a = _coefficients(numerator, group, P + 1, False)
     b = _coefficients(denominator, group, Q, ABSOLUTE)
-    x = _by_chunk(loaded, 1, BLOCK, CHUNK)
+    x = _by_chunk(tl.load(x_pointer + first * CHUNK + offset, mask=mask, other=0.0), 1, BLOCK, CHUNK)
     z = tl.abs(x) if ABSOLUTE else x
     above, _ = _polynomial(x, a, P + 1)
     divisor, _ = _polynomial(z, b, Q)
