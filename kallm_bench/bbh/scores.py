@@ -1,4 +1,7 @@
-"""What samples come to: accuracy with its interval, beside guessing and the majority answer, a task and in all."""
+"""What samples come to: accuracy with its interval, beside guessing and the majority answer, a task and in all.
+
+Where likelihoods of answers were computed besides replies, that of the right one, and how often it is the likeliest.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from kallm_bench.bbh.tasks import Question
 from kallm_bench.records import Metric
 from kallm_bench.records.statistics import accuracy_interval
 
-MEANS = ("accuracy", "guessing_accuracy", "majority_accuracy", "target_loglikelihood")
+MEANS = ("accuracy", "guessing_accuracy", "majority_accuracy", "target_loglikelihood", "likeliest_accuracy")
 """Of which the figure in all is the plain mean over tasks."""
 
 CUT_NOTE = "prompts longer than the model's context; their beginnings were left out, as lm-eval does"
@@ -27,8 +30,9 @@ def score(
 ) -> list[Metric]:
     """Figures of each task and in all: accuracy and its 95 % interval, guessing, majority, invalid answers.
 
-    Where choices were compared, the mean log-likelihood of the right one too, over the questions that have it among
-    them.
+    Where likelihoods were computed, the mean log-likelihood of the right answer too, over the questions that have it
+    among their choices or have no choices. Where that was besides replies, in how many of the questions with choices it
+    is the likeliest, with its interval; in all beside guessing in the tasks that have such.
 
     Args:
         choices: what guessing chooses among; by default what the question lists.
@@ -43,13 +47,19 @@ def score(
             Metric(f"{name}/{task}", value, n=count)
             for name, (value, count) in _of_task(answered, asked, questions.majority[task], choices).items()
         ]
-        parts += _interval({task: answered}, f"/{task}")
+        parts += _intervals({task: answered}, f"/{task}")
     whole = [
         Metric(name, float(np.mean([m.value for m in values])), n=sum(metric.n for metric in values))
         for name in MEANS
         if (values := [metric for metric in parts if metric.name.startswith(f"{name}/")])
     ]
-    whole[1:1] = _interval(of_task)
+    whole[1:1] = _intervals(of_task)
+    if likely := [task for task, answered in of_task.items() if any(map(_has_likeliest, answered))]:
+        guessed = {metric.name: metric for metric in parts}
+        values = [guessed[f"guessing_accuracy/{task}"] for task in likely]
+        whole.append(
+            Metric("likeliest_guessing", float(np.mean([m.value for m in values])), n=sum(m.n for m in values))
+        )
     invalid = sum(sample["extracted"] is None for sample in samples)
     whole.append(Metric("invalid_rate", invalid / len(samples), n=len(samples)))
     if cut := sum(sample["left_out_tokens"] > 0 for sample in samples):
@@ -90,13 +100,29 @@ def _of_task(
         "majority_accuracy": [float(question.target == majority) for question in asked],
         "invalid_rate": [float(sample["extracted"] is None) for sample in answered],
         "target_loglikelihood": [v for sample in answered if (v := sample["target_loglikelihood"]) is not None],
+        "likeliest_accuracy": _likeliest(answered),
     }
     return {name: (float(np.mean(each)), len(each)) for name, each in values.items() if each}
 
 
-def _interval(of_task: Mapping[str, Sequence[Sample]], part: str = "") -> list[Metric]:
-    """Both ends of the interval of the mean over these tasks."""
-    right = {task: np.array([[float(sample["correct"]) for sample in each]]) for task, each in of_task.items()}
-    n = sum(map(len, of_task.values()))
-    ends = zip(("accuracy_low", "accuracy_high"), accuracy_interval(right), strict=True)
-    return [Metric(f"{name}{part}", value, n=n) for name, value in ends]
+def _has_likeliest(sample: Sample) -> bool:
+    """Whether it tells of a reply and of choices compared in its place; where these are the answer, accuracy tells."""
+    return sample["completion"] is not None and bool(sample["loglikelihoods"])
+
+
+def _likeliest(samples: Sequence[Sample]) -> list[float]:
+    """Of each that has choices compared besides its reply, whether the right one is the likeliest."""
+    return [float(sample["target_rank"] == 1) for sample in samples if _has_likeliest(sample)]
+
+
+def _intervals(of_task: Mapping[str, Sequence[Sample]], part: str = "") -> list[Metric]:
+    """Both ends of the intervals of means over these tasks: of right answers, and of right answers being likeliest."""
+    right = {task: [float(sample["correct"]) for sample in each] for task, each in of_task.items()}
+    likeliest = {task: shares for task, each in of_task.items() if (shares := _likeliest(each))}
+    metrics = []
+    for name, values in (("accuracy", right), ("likeliest_accuracy", likeliest)):
+        if values:
+            low, high = accuracy_interval({task: np.array([each]) for task, each in values.items()})
+            n = sum(map(len, values.values()))
+            metrics += [Metric(f"{name}_low{part}", low, n=n), Metric(f"{name}_high{part}", high, n=n)]
+    return metrics

@@ -25,6 +25,9 @@ ALPHA = 0.05
 MANY = 3
 """Comparisons of which one may be expected to mislead somebody."""
 
+MORE_LIKELY, LESS_LIKELY = "▲", "▼"
+"""Marks a difference of log-likelihoods whose interval excludes 0."""
+
 LOSSES = {
     "heldout_loss": ("heldout_loss_difference", "held-out loss difference"),
     "class_loss": ("class_loss_difference", "class loss difference"),
@@ -46,6 +49,7 @@ RATIOS: tuple[tuple[str, str, str, str], ...] = (
 COLUMNS = (
     ("accuracy_difference", "accuracy difference, points"),
     ("detectable_difference", "detectable"),
+    ("likelihood_difference", "log-likelihood difference, nats"),
     *LOSSES.values(),
     *dict.fromkeys((ratio, heading) for _, _, ratio, heading in RATIOS),
 )
@@ -98,6 +102,8 @@ def _row(book: AnswerBook, arm: Arm, other: Arm) -> Row:
         figures["detectable_difference"] = Figure(100 * comparison.detectable)
         words |= {VERDICT: comparison.verdict, EXACT: ", ".join(map(_probability, comparison.mcnemar))}
         words[TASKS] = _tasks(comparison)
+    if figure := _likelihood_difference(book, arm, other):
+        figures["likelihood_difference"] = figure
     for metric, (difference, _) in LOSSES.items():
         if figure := _loss_difference(arm, other, metric):
             figures[difference] = figure
@@ -117,6 +123,19 @@ def _compared(book: AnswerBook, arm: Arm, other: Arm) -> Comparison | None:
         if stage == "train" or arm.settings[stage] == other.settings[stage]:
             return book.comparison(mine, theirs)
     return None
+
+
+def _likelihood_difference(book: AnswerBook, arm: Arm, other: Arm) -> Figure | None:
+    """None where they were asked in different ways, or likelihoods were not computed of both."""
+    mine, theirs = arm.stages.get("eval-bbh", []), other.stages.get("eval-bbh", [])
+    if not mine or not theirs or arm.settings["eval-bbh"] != other.settings["eval-bbh"]:
+        return None
+    if (found := book.likelihood_difference(mine, theirs)) is None:
+        return None
+    difference, interval = found
+    low, high = interval or (0.0, 0.0)
+    mark = MORE_LIKELY if low > 0 else LESS_LIKELY if high < 0 else ""
+    return Figure(difference, interval, mark, "questions" if interval else "")
 
 
 def _loss_difference(arm: Arm, other: Arm, metric: str) -> Figure | None:
@@ -194,6 +213,13 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
             )
         yield "McNemar's p: exact, over all questions, a value for each pair of seeds."
         yield "Tasks better, worse: by exact tests over a task's questions, corrected by Holm for all tasks."
+    if any("likelihood_difference" in row.figures for row in rows):
+        yield (
+            "Log-likelihood difference: of the right answers where a reply is to begin, on the same questions, by the "
+            "plain mean over tasks; 95 % interval by the bootstrap over questions, each with the mean over seeds. "
+            f"{MORE_LIKELY} the interval lies above 0, {LESS_LIKELY} below: right answers are likelier than the "
+            "reference has them, or less likely, which need not change a single reply."
+        )
     if any(figure.over == "samples" for row in rows for figure in row.figures.values()):
         yield "Ratios ±: half the range that the samples of two single runs leave open."
     yield from _named_tasks(compared)

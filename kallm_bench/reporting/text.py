@@ -65,6 +65,7 @@ _FORMS_OF: dict[str, Callable[[float], str]] = {
     "peak_bytes": _mebibytes,
     "relative_error": "{:.1e}".format,
     "detectable_difference": "{:.1f}".format,
+    "likelihood_difference": "{:+.3f}".format,
     "heldout_loss_difference": "{:+.3f}".format,
     "class_loss_difference": "{:+.3f}".format,
 }
