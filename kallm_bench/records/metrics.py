@@ -35,7 +35,7 @@ METRICS: dict[str, MetricKind] = {
     ),
     "accuracy_high": MetricKind("fraction", "higher", "upper end of the same"),
     "target_loglikelihood": MetricKind(
-        "nats", "higher", "ln p of the right answer after the prompt, mean over questions; in all: over tasks"
+        "nats", "higher", "ln p of the right answer, mean over questions; in all: over the tasks that have choices"
     ),
     "likeliest_accuracy": MetricKind(
         "fraction", "higher", "questions with choices whose right one is the likeliest a character; in all: over tasks"

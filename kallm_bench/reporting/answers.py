@@ -31,9 +31,9 @@ def _likeliest(sample: Mapping[str, Any]) -> float | None:
 WORTH: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     RIGHT: lambda sample: float(sample["correct"]),
     LIKELIEST: _likeliest,
-    LIKELIHOOD: lambda sample: sample.get("target_loglikelihood"),
+    LIKELIHOOD: lambda sample: sample.get("target_loglikelihood") if sample.get("choices") else None,
 }
-"""Metric -> what a sample's question is worth in it; None for nothing."""
+"""Metric -> what a sample's question is worth in it; None for nothing, as the likelihood of what is no choice."""
 
 
 class AnswerBook:

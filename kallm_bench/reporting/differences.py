@@ -215,8 +215,8 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
         yield "Tasks better, worse: by exact tests over a task's questions, corrected by Holm for all tasks."
     if any("likelihood_difference" in row.figures for row in rows):
         yield (
-            "Log-likelihood difference: of the right answers where a reply is to begin, on the same questions, by the "
-            "plain mean over tasks; 95 % interval by the bootstrap over questions, each with the mean over seeds. "
+            "Log-likelihood difference: of the right answers, on the same questions, by the plain mean over the tasks "
+            "that have choices; 95 % interval by the bootstrap over questions, each with the mean over seeds. "
             f"{MORE_LIKELY} the interval lies above 0, {LESS_LIKELY} below: right answers are likelier than the "
             "reference has them, or less likely, which need not change a single reply."
         )

@@ -66,9 +66,8 @@ def _likelihood_notes(arms: Sequence[Arm]) -> Iterable[str]:
     records = [record for arm in arms for record in arm.stages.get("eval-bbh", [])]
     if any(record.value("target_loglikelihood") is not None for record in records):
         yield (
-            "Log-likelihood of the right answer: in nats, where the reply is to begin; plain mean over tasks; [ ] of "
-            "one seed: 95 % bootstrap interval over questions. Long answers are less likely than short ones, so that "
-            "it compares arms on the same questions, and nothing else."
+            "Log-likelihood of the right answer: in nats, where the answer is to begin; plain mean over the tasks that "
+            "have choices; [ ] of one seed: 95 % bootstrap interval over questions."
         )
     if any(record.value("likeliest_accuracy") is not None for record in records):
         yield (
