@@ -97,7 +97,7 @@ class AnswerBook:
     ) -> tuple[Questions, dict[str, np.ndarray]] | None:
         """The questions worth something, and task -> (seeds, questions) of that; of seeds that have answers."""
         self._of_id.update({record.id: record for record in records})
-        answers = [each for record in records if (each := self._read(record.id, metric))]
+        answers = [each for record in records if (each := self._read(record.id).get(metric))]
         if not answers or any(set(each) != set(answers[0]) for each in answers):
             return None
         questions = tuple(sorted(answers[0]))
@@ -106,13 +106,15 @@ class AnswerBook:
             tasks[task] = np.array([[each[q] for q in questions if q[0] == task] for each in answers])
         return questions, tasks
 
-    def _answers_of(self, record_id: str, metric: str) -> dict[tuple[str, int], float] | None:
-        """(task, index) -> what it is worth, where that is something; None where answers are not written there."""
+    def _answers_of(self, record_id: str) -> dict[str, dict[tuple[str, int], float]]:
+        """Metric -> (task, index) -> what it is worth, where that is something; empty where answers are not there."""
         samples = self._store.samples(self._of_id[record_id])
         if not samples or any(not {"task", "index", "correct"} <= set(sample) for sample in samples):
-            return None
-        worth = WORTH[metric]
-        return {(each["task"], each["index"]): value for each in samples if (value := worth(each)) is not None}
+            return {}
+        return {
+            metric: {(each["task"], each["index"]): value for each in samples if (value := worth(each)) is not None}
+            for metric, worth in WORTH.items()
+        }
 
 
 def _comparison(known: dict[str, Any]) -> Comparison:

@@ -14,7 +14,7 @@ from typing import Any
 from kallm_bench.records import RunRecord
 from kallm_bench.records.comparison import MARGIN, POWER, Comparison
 from kallm_bench.records.statistics import difference_interval
-from kallm_bench.reporting.answers import AnswerBook
+from kallm_bench.reporting.answers import LIKELIHOOD, AnswerBook
 from kallm_bench.reporting.arms import Arm
 from kallm_bench.reporting.controls import Controls, is_kan, is_linear, matched
 from kallm_bench.reporting.rows import ACCURACIES, figure_of, measured
@@ -128,7 +128,8 @@ def _compared(book: AnswerBook, arm: Arm, other: Arm) -> Comparison | None:
 def _likelihood_difference(book: AnswerBook, arm: Arm, other: Arm) -> Figure | None:
     """None where they were asked in different ways, or likelihoods were not computed of both."""
     mine, theirs = arm.stages.get("eval-bbh", []), other.stages.get("eval-bbh", [])
-    if not mine or not theirs or arm.settings["eval-bbh"] != other.settings["eval-bbh"]:
+    known = all(any(measured(record, LIKELIHOOD) for record in each) for each in (mine, theirs))
+    if not known or arm.settings["eval-bbh"] != other.settings["eval-bbh"]:
         return None
     if (found := book.likelihood_difference(mine, theirs)) is None:
         return None
