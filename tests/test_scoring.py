@@ -270,17 +270,22 @@ def test_behind_a_template_choices_are_cut_as_in_the_whole(bundled_tokenizer: An
 
 
 def test_a_reply_joins_no_token_of_its_prompt() -> None:
-    """Where a tokenizer would make one token of the prompt's last and the choice's first."""
-    from tokenizers import Tokenizer, models
+    """Where a tokenizer would make one token of the prompt's last and the choice's first; in another prompt it does
+    not, and that one's choices are others' here, for this tokenizer begins a text with a space."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: number for number, token in enumerate([*"\nABQ: x", "\nA"])}
+    vocabulary = {token: number for number, token in enumerate([*"\nABQ:▁x", "\nA"])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\n", "A")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="x")
-    [encoded] = Encoder(tokenizer).encode([Prompt("snarks", 0, "", "Q:\n", ("A", "B"), templated=True)])
-    assert tokenizer.encode("Q:\nA") == [vocabulary[token] for token in ("Q", ":", "\nA")]
-    assert list(encoded.context) == [vocabulary[token] for token in "Q:\n"]
-    assert encoded.continuations == ((vocabulary["A"],), (vocabulary["B"],))
+    prompts = [Prompt("snarks", i, "", text, ("A", "B"), templated=True) for i, text in enumerate(("Q:", "Q:\n"))]
+    parted, joining = Encoder(tokenizer).encode(prompts)
+    of = vocabulary.__getitem__
+    assert tokenizer.encode("Q:\nA") == [of("▁"), of("Q"), of(":"), of("\nA")]
+    assert joining.context == (of("▁"), of("Q"), of(":"), of("\n"))
+    assert parted.continuations == ((of("A"),), (of("B"),))
+    assert joining.continuations == ((of("▁"), of("A")), (of("▁"), of("B")))
 
 
 def test_branches_share_what_choices_share() -> None:

@@ -16,6 +16,7 @@ Source: lm-eval 0.4.13, `TemplateLM._encode_pair`, `HFLM.tok_encode` and `HFLM.m
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -108,9 +109,13 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.cuts_at_lines = _cuts_at_lines(tokenizer)
-        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, added)) or r"(?!)")
         self._known: dict[tuple[str, ...], tuple[Tokens, ...]] = {}
+
+    @functools.cached_property
+    def _added(self) -> re.Pattern[str]:
+        """Finds the first of the tokens that were added to the vocabulary; nothing where none were."""
+        added = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, added)) or r"(?!)")
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         """The prompts of one task in tokens, in their order.
