@@ -163,7 +163,7 @@ def test_right_answers_are_likelier_or_less_likely_on_the_same_questions(bench: 
         assert found[name].over == "questions"
     table = differences(bench)
     assert table is not None
-    assert any("▲ the interval lies above 0, ▼ below" in note for note in table.notes)
+    assert any("▲ likelier than the reference has them, ▼ less likely" in note for note in table.notes)
     assert "log-likelihood difference, nats" in to_markdown([table])
 
 
@@ -181,6 +181,20 @@ def test_seeds_of_likelihoods_are_no_new_questions(bench: Bench) -> None:
     assert before.mark == "▲"
     bench.arm("plain", 0, KAN | {"degree": 5}, 2.0, right=4, replaced=1000)
     assert "likelihood_difference" not in rows(bench)["plain"].figures
+
+
+@pytest.mark.parametrize(("shifts", "mark"), [((0.1, 0.5, 0.1), ""), ((0.2, 0.25, 0.25), "▲")])
+def test_what_other_seeds_may_turn_round_is_not_marked(bench: Bench, shifts: tuple[float, ...], mark: str) -> None:
+    """The interval over questions alone would be sure of either."""
+    values = np.random.default_rng(0).normal(-5, 3, size=(3, 12))
+    noise = np.random.default_rng(1).normal(0, 0.01, size=(3, 3, 12))
+    for seed, shift in enumerate(shifts):
+        likely(bench, "linear", seed, LINEAR, values.tolist())
+        likely(bench, "kan", seed, KAN, (values + shift + noise[seed]).tolist())
+    figure = rows(bench)["kan"].figures["likelihood_difference"]
+    assert figure.interval is not None
+    assert figure.interval[0] > 0
+    assert figure.mark == mark
 
 
 def test_other_held_out_rows_are_never_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

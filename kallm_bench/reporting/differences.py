@@ -27,7 +27,7 @@ MANY = 3
 """Comparisons of which one may be expected to mislead somebody."""
 
 MORE_LIKELY, LESS_LIKELY = "▲", "▼"
-"""Marks a difference of log-likelihoods whose interval excludes 0."""
+"""Marks a difference of log-likelihoods whose interval excludes 0, and that over seeds too where there are several."""
 
 LOSSES = {
     "heldout_loss": ("heldout_loss_difference", "held-out loss difference"),
@@ -138,14 +138,16 @@ def _compared(book: AnswerBook, arm: Arm, other: Arm) -> Comparison | None:
 def _likelihood_difference(book: AnswerBook, arm: Arm, other: Arm) -> Figure | None:
     """None where they were asked in different ways, or likelihoods were not computed of both."""
     mine, theirs = arm.stages.get("eval-bbh", []), other.stages.get("eval-bbh", [])
-    known = all(any(measured(record, LIKELIHOOD) for record in each) for each in (mine, theirs))
-    if not known or arm.settings["eval-bbh"] != other.settings["eval-bbh"]:
+    both = all(any(measured(record, LIKELIHOOD) for record in each) for each in (mine, theirs))
+    if not both or arm.settings["eval-bbh"] != other.settings["eval-bbh"]:
         return None
     if (found := book.likelihood_difference(mine, theirs)) is None:
         return None
     difference, interval = found
-    low, high = interval or (0.0, 0.0)
-    mark = MORE_LIKELY if low > 0 else LESS_LIKELY if high < 0 else ""
+    over_seeds = difference_interval(_by_seed(mine, LIKELIHOOD), _by_seed(theirs, LIKELIHOOD))
+    known = [each for each in (interval, over_seeds) if each]
+    above, below = all(low > 0 for low, _ in known), all(high < 0 for _, high in known)
+    mark = "" if not interval else MORE_LIKELY if above else LESS_LIKELY if below else ""
     return Figure(difference, interval, mark, "questions" if interval else "")
 
 
@@ -228,8 +230,8 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
         yield (
             "Log-likelihood difference: of the right answers, on the same questions, by the plain mean over the tasks "
             "that have choices; 95 % interval by the bootstrap over questions, each with the mean over seeds. "
-            f"{MORE_LIKELY} the interval lies above 0, {LESS_LIKELY} below: right answers are likelier than the "
-            "reference has them, or less likely, which need not change a single reply."
+            f"Other seeds could differ by more. {MORE_LIKELY} likelier than the reference has them, {LESS_LIKELY} less "
+            "likely: 0 lies outside that interval and, where both have several seeds, outside that over seeds."
         )
     if any(figure.over == "samples" for row in rows for figure in row.figures.values()):
         yield "Ratios ±: half the range that the samples of two single runs leave open."
