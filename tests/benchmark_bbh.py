@@ -1,13 +1,16 @@
 """How long whole protocols take, after loading, and how often a reply depends on what is asked beside it.
 
 Run it: python tests/benchmark_bbh.py [--data FOLDER] [--protocols leaderboard chat cot-fewshot] [--limit N]
-        [--batch-size N] [--max-new-tokens 512] [--seconds 300] [--invariance 8] [--out FILE]
+        [--batch-size N] [--max-new-tokens 512] [--seconds 300] [--invariance 8] [--no-likelihoods] [--out FILE]
 
 FOLDER is the BIG-Bench-Hard repository. Seconds begin with the model on its device and hold all else: prompts, tokens,
 recording of steps, samples written to the disk. `--max-new-tokens` is for protocols whose own limit is above it: 512 is
 what cot-fewshot is measured with here, its own being 1,024. A protocol that takes longer than `--seconds` is stopped,
 and its line says how many questions it came to. Then the same questions are asked in batches of one and of 64, and so
 many replies differ, outside the batch-invariant mode and in it; with `--invariance 0` they are not.
+
+What the likelihoods of answers add to replies is the difference to a run with `--no-likelihoods`; where the machine
+does other work, in processor seconds of one thread.
 """
 
 from __future__ import annotations
@@ -75,6 +78,7 @@ def run(
         "max_new_tokens": exam.max_new_tokens,
         "batch_size": batch,
         "batch_invariant": settings.batch_invariant,
+        "likelihoods": exam.likelihoods,
         "questions": len(samples),
         "of": len(exam.prompts),
         "seconds": clock.seconds,
@@ -129,6 +133,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="runs of each protocol; the first one warms up")
     parser.add_argument("--invariance", type=int, default=8, help="questions a task that are asked alone and by 64")
     parser.add_argument("--invariance-protocol", default="chat")
+    parser.add_argument("--likelihoods", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--out", type=Path, help="JSON to write")
     given = parser.parse_args()
@@ -139,7 +144,7 @@ def main() -> None:
     def settings_of(protocol: str, limit: int | None) -> EvalSettings:
         fewer = 0 < given.max_new_tokens < find_protocol(protocol).max_new_tokens
         most = given.max_new_tokens if fewer else None
-        return EvalSettings(protocol, str(given.data), limit=limit, max_new_tokens=most)
+        return EvalSettings(protocol, str(given.data), limit=limit, max_new_tokens=most, likelihoods=given.likelihoods)
 
     def write() -> None:
         if given.out:
@@ -158,7 +163,8 @@ def main() -> None:
                 row["figures"] = {metric.name: metric.value for metric in found if "/" not in metric.name}
             rows.append(row)
             print(
-                f"{protocol:12} {row['seconds']:8.1f} s   {row['questions']:5} of {row['of']:5} questions   "
+                f"{protocol:12} {row['seconds']:8.1f} s   {row['processor_seconds']:8.1f} s of processor   "
+                f"{row['questions']:5} of {row['of']:5} questions   "
                 f"{row['forwarded_tokens']:10,.0f} tokens forwarded   {row['reply_tokens']:9,} in replies   "
                 + (f"accuracy {row['figures']['accuracy']:.1%}" if whole else f"stopped after {given.seconds:g} s"),
                 flush=True,

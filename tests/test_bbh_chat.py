@@ -11,6 +11,7 @@ from kallm_bench.bbh.extraction import is_right, read_answer
 from kallm_bench.bbh.prompts import build_prompts
 from kallm_bench.bbh.protocols import PROTOCOLS, find_protocol
 from kallm_bench.bbh.questions import QuestionSet, load_questions
+from kallm_bench.bbh.samples import SAMPLE_FIELDS
 from kallm_bench.bbh.scores import score
 from kallm_bench.bbh.tasks import TASKS, Question
 from kallm_bench.errors import BBHError
@@ -115,8 +116,8 @@ def test_guessing_and_majority_are_what_was_measured_independently(shared_data: 
     """Macro means over all 27 tasks: uniform 26.63 %, majority 30.44 %."""
     questions = load_questions(str(shared_data / "data/bbh"))
     nothing = [
-        {"task": q.task, "index": q.index, "correct": False, "extracted": None}
-        | {"target_loglikelihood": None, "left_out_tokens": 0, "forwarded_tokens": 0}
+        dict.fromkeys(SAMPLE_FIELDS)
+        | {"task": q.task, "index": q.index, "correct": False, "left_out_tokens": 0, "forwarded_tokens": 0}
         for q in questions.questions
     ]
     figures = {metric.name: metric.value for metric in score(nothing, questions)}

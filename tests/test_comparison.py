@@ -22,7 +22,7 @@ from kallm_bench.records.comparison import (
     mcnemar,
     sign_flip,
 )
-from kallm_bench.records.statistics import difference_interval
+from kallm_bench.records.statistics import difference_interval, mean_over_questions
 
 BBH = (250,) * 23 + (187, 178, 146, 250)
 """Questions of BIG-Bench Hard's 27 tasks."""
@@ -173,6 +173,15 @@ def test_seeds_are_no_new_questions() -> None:
     threefold: Comparison = compare({"t": np.repeat(ours["t"], 3, 0)}, {"t": np.repeat(theirs["t"], 3, 0)})
     assert threefold.interval == compare(ours, theirs).interval
     assert threefold.tasks == compare(ours, theirs).tasks
+
+
+def test_a_mean_over_questions_has_an_interval_as_wide_as_its_error_and_none_from_one_question() -> None:
+    values = {str(n): np.random.default_rng(n).normal(n, 1 + n, size=(1, 40)) for n in range(3)}
+    mean, interval = mean_over_questions(values)
+    error = np.sqrt(sum(each.var(ddof=1) / 40 for each in values.values())) / 3
+    assert mean == pytest.approx(np.mean([each.mean() for each in values.values()]))
+    assert interval == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
+    assert mean_over_questions(values | {"3": np.array([5.0])})[1] is None
 
 
 def test_differences_of_losses_are_paired_where_seeds_are_the_same() -> None:

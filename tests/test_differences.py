@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import test_reporting
 from scipy import stats
@@ -125,6 +126,61 @@ def test_two_ways_of_asking_are_compared_each_with_itself(bench: Bench) -> None:
         ("kan (chat, procedural)", "linear (chat, procedural)", 75.0),
         ("kan (zeroshot)", "linear (zeroshot)", 0.0),
     ]
+
+
+def likely(bench: Bench, name: str, seed: int, spec: dict[str, Any], values: list[list[float]]) -> None:
+    """An arm whose right answers have these log-likelihoods, by task; the last task lists no choices."""
+    bench.arm(name, seed, spec, 2.0, right=4, replaced=1000)
+    tasks = ("navigate", "snarks", "word_sorting")
+    samples = [
+        {"task": task, "index": n, "correct": n < 2, "completion": "", "loglikelihoods": [value, -2.0]}
+        | {"target_loglikelihood": value, "target_rank": 1, "choices": ["a", "b"] if task != "word_sorting" else []}
+        for task, each in zip(tasks, values, strict=True)
+        for n, value in enumerate(each)
+    ]
+    settings = ASKED | {"likelihoods": True, "weights": bench.trained}
+    metrics = [Metric("accuracy", 0.5, n=8), Metric("target_loglikelihood", float(np.mean(values[:2])), n=8)]
+    bench.record("eval-bbh", name, seed, settings, metrics, samples=samples)
+
+
+def test_right_answers_are_likelier_or_less_likely_on_the_same_questions(bench: Bench) -> None:
+    """By the plain mean over tasks with choices; questions differ far more than the arms do."""
+    questions = np.random.default_rng(0).normal(-5, 3, size=(3, 20))
+    noise = np.random.default_rng(1).normal(0, 0.1, size=(4, 3, 20))
+    likely(bench, "linear", 0, LINEAR, (questions + noise[0]).tolist())
+    likely(bench, "better", 0, KAN, (questions + 0.2 + noise[1]).tolist())
+    likely(bench, "worse", 0, KAN | {"degree": 3}, (questions - 0.2 + noise[2]).tolist())
+    likely(bench, "alike", 0, KAN | {"degree": 4}, (questions + noise[3]).tolist())
+    found = {name: row.figures["likelihood_difference"] for name, row in rows(bench).items()}
+    assert {name: figure.mark for name, figure in found.items()} == {"better": "▲", "worse": "▼", "alike": ""}
+    for number, (name, shift) in enumerate((("better", 0.2), ("worse", -0.2), ("alike", 0.0)), start=1):
+        apart = (noise[number] - noise[0])[:2]
+        low, high = found[name].interval or (0.0, 0.0)
+        assert found[name].value == pytest.approx(apart.mean() + shift)
+        error = math.sqrt((apart.var(axis=1, ddof=1) / 20).sum()) / 2
+        assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15)
+        assert low < found[name].value < high
+        assert found[name].over == "questions"
+    table = differences(bench)
+    assert table is not None
+    assert any("▲ the interval lies above 0, ▼ below" in note for note in table.notes)
+    assert "log-likelihood difference, nats" in to_markdown([table])
+
+
+def test_seeds_of_likelihoods_are_no_new_questions(bench: Bench) -> None:
+    """Twice the same answers are known no better; one without likelihoods says nothing of them."""
+    values = np.random.default_rng(0).normal(-5, 3, size=(3, 12))
+    likely(bench, "linear", 0, LINEAR, values.tolist())
+    likely(bench, "kan", 0, KAN, (values * 0.9).tolist())
+    before = rows(bench)["kan"].figures["likelihood_difference"]
+    for seed in (1, 2):
+        likely(bench, "kan", seed, KAN, (values * 0.9).tolist())
+    after = rows(bench)["kan"].figures["likelihood_difference"]
+    assert after.value == pytest.approx(before.value)
+    assert after.interval == pytest.approx(before.interval)
+    assert before.mark == "▲"
+    bench.arm("plain", 0, KAN | {"degree": 5}, 2.0, right=4, replaced=1000)
+    assert "likelihood_difference" not in rows(bench)["plain"].figures
 
 
 def test_other_held_out_rows_are_never_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,8 @@ def test_stored_replies_are_read_anew_without_a_model(home: Path, kallm: Run) ->
     assert found["parents"] == [asked["id"]]
     assert rescore(kallm, asked, "--reading", "lm-eval")["id"] == found["id"]
     assert rescore(kallm, asked) == asked
+    for name in ("target_loglikelihood", "likeliest_accuracy"):
+        assert values(found)[name] == values(asked)[name]
     assert rescore(kallm, found, "--reading", "fixed")["metrics"] == asked["metrics"]
 
 
@@ -147,6 +149,46 @@ def test_replies_that_were_better_than_they_were_read_count_when_read_anew(home:
     assert values(found)["accuracy"] == 1.0 > values(asked)["accuracy"]
     assert found["id"] != asked["id"]
     assert found["settings"]["reading"] == "fixed"
+
+
+def test_replies_come_with_the_likelihood_of_the_right_answer_unless_one_does_without(home: Path, kallm: Run) -> None:
+    words = ("--protocol", "fewshot", "--max-new-tokens", "4")
+    with_them, without = ask(kallm, *words), ask(kallm, *words, "--no-likelihoods")
+    assert with_them["settings"] == without["settings"] | {"likelihoods": True}
+    assert with_them["key"] != without["key"]
+    more = {name.partition("/")[0] for name in set(values(with_them)) - set(values(without))}
+    assert more == {"target_loglikelihood", "likeliest_guessing"} | {
+        f"likeliest_accuracy{end}" for end in ("", "_low", "_high")
+    }
+    assert values(with_them)["accuracy"] == values(without)["accuracy"]
+    assert ask(kallm, *words, "--no-likelihoods")["id"] == without["id"]
+    _, out, _ = kallm("eval-bbh", "model", "--source", "data", "--tasks", TASKS, *words)
+    low, high, middle = (100 * values(with_them)[f"likeliest_accuracy{end}"] for end in ("_low", "_high", ""))
+    assert f"{middle:.1f} % [{low:.1f}, {high:.1f}]" in out
+    assert "likeliest_accuracy_low" not in out
+    assert kallm("eval-bbh", "--rescore", with_them["id"], "--source", "data", "--no-likelihoods")[0] == 2
+
+
+def test_a_report_shows_likelihoods_with_their_interval_and_compares_records_with_and_without(
+    home: Path, kallm: Run
+) -> None:
+    """Replies are the same: an arm that was asked in both ways is one arm, and the newer record counts."""
+    words = ("--protocol", "fewshot", "--max-new-tokens", "4")
+    ask(kallm, *words, "--no-likelihoods")
+    found = values(ask(kallm, *words))
+    [table] = build_tables(ResultsStore(home / "results"))
+    [row, guessing, _] = table.rows
+    assert row.figures["target_loglikelihood"].value == pytest.approx(found["target_loglikelihood"])
+    assert row.figures["target_loglikelihood"].over == "questions"
+    low, high = row.figures["target_loglikelihood"].interval or (0.0, 0.0)
+    assert low < found["target_loglikelihood"] < high < 0
+    assert row.figures["likeliest_accuracy"].interval == (
+        found["likeliest_accuracy_low"], found["likeliest_accuracy_high"]
+    )  # fmt: skip
+    assert guessing.figures["likeliest_accuracy"].value == found["likeliest_guessing"] == 0.5
+    told = to_markdown([table])
+    assert "plain mean over the tasks that have choices" in told
+    assert "right answer likeliest" in told
 
 
 def test_stored_likelihoods_are_read_anew_without_a_model(home: Path, kallm: Run) -> None:
@@ -255,6 +297,7 @@ eval.protocol = "leaderboard"
 name = "replies"
 eval.protocol = "fewshot"
 eval.batch_invariant = true
+eval.likelihoods = false
 """
 
 
@@ -266,6 +309,7 @@ def test_a_suite_asks_by_any_protocol(home: Path, kallm: Run) -> None:
     assert found["likelihoods"].settings["protocol"] == "leaderboard"
     assert found["likelihoods"].value("target_loglikelihood") is not None
     assert found["replies"].settings["batch_invariant"] is True
+    assert found["replies"].value("target_loglikelihood") is None
     (home / "asked.toml").write_text(SUITE.replace('"web_of_lies"', '"word_sorting"'))
     code, _, err = kallm("run", "asked.toml")
     assert code == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from kallm_bench.bbh.evaluate import EvalSettings, Exam, ask, figures, prepare, reread
 from kallm_bench.bbh.plain import replies
 from kallm_bench.bbh.readings import read_reply
-from kallm_bench.bbh.samples import SAMPLE_FIELDS, Unfinished
+from kallm_bench.bbh.samples import SAMPLE_FIELDS, Unfinished, has_reply, key_of
 from kallm_bench.bbh.stops import Ending
 from kallm_bench.errors import BBHError
 from kallm_bench.training.processes import Processes
@@ -91,6 +92,121 @@ def test_likelihoods_are_those_of_the_plain_way_and_the_likeliest_a_character_is
     assert "leaderboard_score" in found
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", ["chat", "zeroshot", "fewshot"])
+def test_beside_a_reply_stands_how_likely_the_right_answer_is_in_its_place(
+    lively: Any, bundled_tokenizer: Any, tmp_path: Path, shared_data: Path, protocol: str
+) -> None:
+    """After the very tokens that a reply is asked with; a reply's own text has no space before it in a template."""
+    exam = exam_of(protocol, bundled_tokenizer, str(shared_data / "data/bbh"), max_new_tokens=4)
+    samples = ask(lively, bundled_tokenizer, exam, Unfinished(tmp_path / "kept.jsonl"))
+    space = "" if protocol == "chat" else " "
+    for sample, prompt, question in zip(samples, exam.prompts, exam.questions.questions, strict=True):
+        before = bundled_tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        values = []
+        for answer in question.choices or [question.target]:
+            ids = torch.tensor([before + bundled_tokenizer(space + answer, add_special_tokens=False)["input_ids"]])
+            predicted = lively(ids).logits[0, len(before) - 1 : -1].log_softmax(-1)
+            values.append(predicted.gather(1, ids[0, len(before) :, None]).sum().item())
+        assert tuple(sample) == SAMPLE_FIELDS
+        assert sample["completion"] is not None
+        assert sample["choices"] == list(question.choices)
+        if question.choices:
+            a_character = [value / len(choice) for value, choice in zip(values, question.choices, strict=True)]
+            gold = question.choices.index(question.target)
+            assert sample["loglikelihoods"] == pytest.approx(values, abs=1e-4)
+            assert sample["target_loglikelihood"] == sample["loglikelihoods"][gold]
+            assert sample["target_rank"] == 1 + sum(value > a_character[gold] for value in a_character)
+        else:
+            assert sample["target_loglikelihood"] == pytest.approx(values[0], abs=1e-4)
+            assert (sample["loglikelihoods"], sample["target_rank"]) == ([], None)
+    assert len({sample["target_rank"] for sample in samples}) > 2
+
+
+def test_likelihoods_change_no_reply_and_their_tokens_are_counted(
+    lively: Any, bundled_tokenizer: Any, tmp_path: Path
+) -> None:
+    """And without them samples are what they were before there were any."""
+    exam = exam_of("chat", bundled_tokenizer, max_new_tokens=6)
+    alone = dataclasses.replace(exam, likelihoods=False)
+    both = ask(lively, bundled_tokenizer, exam, Unfinished(tmp_path / "both.jsonl"))
+    replies = ask(lively, bundled_tokenizer, alone, Unfinished(tmp_path / "replies.jsonl"))
+    lengths = [len(bundled_tokenizer(prompt.text)["input_ids"]) for prompt in exam.prompts]
+    nothing = {"loglikelihoods": [], "target_loglikelihood": None, "target_rank": None}
+    for one, other in zip(both, replies, strict=True):
+        assert one | nothing | {"forwarded_tokens": other["forwarded_tokens"]} == other
+        assert one["target_loglikelihood"] is not None
+    more = sum(one["forwarded_tokens"] - other["forwarded_tokens"] for one, other in zip(both, replies, strict=True))
+    assert 0 < more < sum(lengths) + 2 * max(lengths)
+
+
+def test_figures_tell_how_likely_right_answers_are_and_how_often_the_likeliest(
+    lively: Any, bundled_tokenizer: Any, tmp_path: Path
+) -> None:
+    """In all, over the tasks that list choices; a free text's likelihood hangs on its length."""
+    exam = exam_of("chat", bundled_tokenizer, max_new_tokens=2, limit=5)
+    samples = ask(lively, bundled_tokenizer, exam, Unfinished(tmp_path / "kept.jsonl"))
+    found = {metric.name: metric for metric in figures(samples, exam.questions, exam.protocol, exam.reading)}
+    listing = [task for task in TASKS if task != "object_counting"]
+    for task in TASKS:
+        mine = [sample for sample in samples if sample["task"] == task]
+        mean = sum(sample["target_loglikelihood"] for sample in mine) / 5
+        assert found[f"target_loglikelihood/{task}"].value == pytest.approx(mean)
+        if task in listing:
+            share = sum(sample["target_rank"] == 1 for sample in mine) / 5
+            assert found[f"likeliest_accuracy/{task}"].value == pytest.approx(share)
+            assert found[f"likeliest_accuracy_low/{task}"].value < found[f"likeliest_accuracy_high/{task}"].value
+    assert not any(name.startswith("likeliest") and name.endswith("object_counting") for name in found)
+    for name in ("target_loglikelihood", "likeliest_accuracy"):
+        of_tasks = [found[f"{name}/{task}"].value for task in listing]
+        assert found[name].value == pytest.approx(sum(of_tasks) / 2)
+        assert found[name].n == 10
+    assert found["likeliest_guessing"].value == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert found["likeliest_accuracy_low"].value < found["likeliest_accuracy"].value
+    assert found["likeliest_accuracy"].value < found["likeliest_accuracy_high"].value
+
+
+@pytest.mark.parametrize("protocol", ["cot-fewshot", "cot-zeroshot"])
+def test_where_a_reply_reasons_first_no_answer_has_a_likelihood(shared_data: Path, protocol: str) -> None:
+    exam = exam_of(protocol, None, str(shared_data / "data/bbh"), likelihoods=True)
+    assert not exam.likelihoods
+    assert "likelihoods" not in exam.described()
+
+
+def test_a_reply_without_likelihoods_is_described_as_it_was_before_there_were_any(bundled_tokenizer: Any) -> None:
+    """So that older records are found; with likelihoods it is another stage, which asks for them."""
+    without = exam_of("chat", bundled_tokenizer, likelihoods=False).described()
+    assert exam_of("chat", bundled_tokenizer).described() == without | {"likelihoods": True}
+    assert set(without) == {
+        "protocol", "reading", "tasks", "max_new_tokens", "questions", "prompts", "batch_invariant"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", ["likelihoods", "replies"])
+@pytest.mark.parametrize("protocol", ["chat", "fewshot"])
+def test_half_a_sample_is_half_a_question_done(
+    lively: Any, bundled_tokenizer: Any, tmp_path: Path, shared_data: Path, protocol: str, kept: str
+) -> None:
+    """Some questions have one half, some both, in any order; only what they lack is asked."""
+    exam = exam_of(protocol, bundled_tokenizer, str(shared_data / "data/bbh"), max_new_tokens=4)
+    whole = Unfinished(tmp_path / "whole.jsonl")
+    samples = ask(lively, bundled_tokenizer, exam, whole, batch_size=2)
+    lines = whole.path.read_text().splitlines(keepends=True)
+    likelihoods, replies = lines[:9], lines[9:]
+    assert all('"completion": null' in line for line in likelihoods)
+    assert not any('"completion": null' in line for line in replies)
+
+    stopped = Unfinished(tmp_path / "stopped.jsonl")
+    stopped.path.write_text("".join(likelihoods[:7] + replies[:2] if kept == "likelihoods" else replies[:7]))
+    before = {"likelihoods": 7 if kept == "likelihoods" else 0, "questions": 2 if kept == "likelihoods" else 7}
+    told: dict[str, list[int]] = {"likelihoods": [], "questions": []}
+    watch = lambda work, done, total, note="": told[work].append(done)  # noqa: E731
+    assert ask(lively, bundled_tokenizer, exam, stopped, watch=watch) == samples
+    for work, done in before.items():
+        assert list(dict.fromkeys(told[work])) == list(range(done, 10))
+    assert len(stopped.path.read_text().splitlines()) == 18
+
+
 @pytest.mark.parametrize("protocol", ["leaderboard", "cot-zeroshot", "chat"])
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_a_stopped_evaluation_asks_only_what_is_missing_and_ends_with_the_same(
@@ -99,6 +215,7 @@ def test_a_stopped_evaluation_asks_only_what_is_missing_and_ends_with_the_same(
     """Stopped while it wrote its fifth line, with another process's lines beside it; another batch size then."""
     exam = exam_of(protocol, bundled_tokenizer, str(shared_data / "data/bbh"), max_new_tokens=8)
     kept = Unfinished(tmp_path / "whole.jsonl")
+    exam = dataclasses.replace(exam, likelihoods=False)
     whole = ask(lively, bundled_tokenizer, exam, kept, batch_size=3)
     lines = kept.path.read_text().splitlines(keepends=True)
     assert len(lines) == len(whole) == 9
@@ -131,7 +248,7 @@ class Part(Processes):
 def test_of_two_processes_each_asks_a_part(
     lively: Any, bundled_tokenizer: Any, tmp_path: Path, shared_data: Path, protocol: str
 ) -> None:
-    exam = exam_of(protocol, None, str(shared_data / "data/bbh"), max_new_tokens=4)
+    exam = exam_of(protocol, None, str(shared_data / "data/bbh"), max_new_tokens=4, likelihoods=False)
     second = Unfinished(tmp_path / "second" / "kept.jsonl")
     assert ask(lively, bundled_tokenizer, exam, second, processes=Part(1, 2)) == []
     first = Unfinished(tmp_path / "first" / "kept.jsonl")
@@ -143,10 +260,26 @@ def test_of_two_processes_each_asks_a_part(
     assert min(map(len, parts)) >= 3
 
 
+def test_of_two_processes_one_may_find_the_likelihoods_and_another_the_reply(
+    lively: Any, bundled_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Whole tasks go to one process, replies in equal parts: the first one joins them, from all files."""
+    exam = exam_of("chat", bundled_tokenizer, max_new_tokens=4)
+    alone = ask(lively, bundled_tokenizer, exam, Unfinished(tmp_path / "alone.jsonl"))
+    first = Unfinished(tmp_path / "both.jsonl")
+    ask(lively, bundled_tokenizer, exam, first, processes=Part(1, 2))
+    halves = [json.loads(line) for line in (tmp_path / "both.1.jsonl").read_text().splitlines()]
+    of_kind = [{key_of(half) for half in halves if has_reply(half) is kind} for kind in (False, True)]
+    assert all(of_kind)
+    assert of_kind[0] != of_kind[1]
+    assert ask(lively, bundled_tokenizer, exam, first) == alone
+
+
 def test_tokens_forwarded_count_what_is_shared_once(
     lively: Any, bundled_tokenizer: Any, tmp_path: Path, shared_data: Path
 ) -> None:
-    exam = exam_of("fewshot", None, str(shared_data / "data/bbh"), tasks=("navigate",), max_new_tokens=4)
+    settings: dict[str, Any] = {"tasks": ("navigate",), "max_new_tokens": 4, "likelihoods": False}
+    exam = exam_of("fewshot", None, str(shared_data / "data/bbh"), **settings)
     samples = ask(lively, bundled_tokenizer, exam, Unfinished(tmp_path / "kept.jsonl"), batch_size=4)
     lengths = [len(bundled_tokenizer(prompt.text)["input_ids"]) for prompt in exam.prompts]
     shared = len(bundled_tokenizer(exam.prompts[0].shared)["input_ids"])
@@ -206,7 +339,7 @@ def test_padding_changes_no_reply(bundled: Any, tmp_path: Path) -> None:
     """Prompts of different length, alone and beside each other, on the real model."""
     model, tokenizer = bundled
     tasks = ("boolean_expressions", "navigate", "word_sorting")
-    exam = exam_of("chat", tokenizer, tasks=tasks, limit=1, max_new_tokens=6)
+    exam = exam_of("chat", tokenizer, tasks=tasks, limit=1, max_new_tokens=6, likelihoods=False)
     found = []
     for batch_size in (1, 3):
         kept = Unfinished(tmp_path / f"{batch_size}.jsonl")

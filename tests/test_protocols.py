@@ -26,7 +26,7 @@ from kallm_bench.bbh.prompts import Prompt, build_prompts, fingerprint
 from kallm_bench.bbh.protocols import LM_EVAL_PROTOCOLS, PROTOCOLS, find_protocol
 from kallm_bench.bbh.questions import QuestionSet, load_questions
 from kallm_bench.bbh.readings import by_likelihood, read_reply
-from kallm_bench.bbh.samples import Unfinished
+from kallm_bench.bbh.samples import SAMPLE_FIELDS, Unfinished
 from kallm_bench.bbh.scores import score, score_as_lm_eval
 from kallm_bench.bbh.tasks import TASKS, Question
 from kallm_bench.errors import BBHError
@@ -194,12 +194,11 @@ def test_guessing_on_the_leaderboard_is_what_was_measured_independently(shared_d
     protocol = PROTOCOLS["leaderboard"]
     questions = load_questions(str(shared_data / "data/bbh"), among=protocol.tasks)
     samples = [
-        {
+        dict.fromkeys(SAMPLE_FIELDS)
+        | {
             "task": q.task,
             "index": q.index,
             "correct": q.target in protocol.choices(q, "lm-eval"),
-            "extracted": None,
-            "target_loglikelihood": None,
             "left_out_tokens": 0,
             "forwarded_tokens": 0,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,40 @@ def test_what_does_not_fit_loses_its_beginning(tiny_llama: Any, bundled_tokenize
     assert f"{cut} prompts do not fit into {context} tokens of context; their beginnings are left out" in told
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("templated", "room"), [(True, 48), (False, 36)])
+def test_answers_in_a_reply_s_place_follow_what_is_left_of_the_prompt_beside_the_reply(
+    tiny_llama: Any, bundled_tokenizer: Any, templated: bool, room: int
+) -> None:
+    """Some prompts leave room for their reply and some lose their beginning; one answer alone will do."""
+    model = tiny_llama(num_hidden_layers=2, max_position_embeddings=room + 12)
+    end = "<|im_end|>\n<|im_start|>assistant\n" if templated else ""
+    prompts = [
+        dataclasses.replace(prompt, question=prompt.question + end, max_new_tokens=12, templated=templated)
+        for prompt in make_prompts(3)
+    ]
+    prompts[-1] = dataclasses.replace(prompts[-1], choices=("(E)",))
+    scores = by_question(score_choices(model, bundled_tokenizer, prompts))
+    cut = 0
+    for prompt in prompts:
+        text = prompt.text if templated else prompt.text.rstrip()
+        space = "" if templated else prompt.text[len(text) :] + " "
+        before = bundled_tokenizer.encode(text)
+        cut += len(before) > room
+        values = []
+        for choice in prompt.choices:
+            tokens = bundled_tokenizer.encode(text + space + choice)[len(before) :]
+            ids = torch.tensor([before[-room:] + tokens])
+            likelihoods = model(input_ids=ids[:, :-1]).logits[0, -len(tokens) :].log_softmax(-1)
+            values.append(likelihoods.gather(1, ids[0, -len(tokens) :, None]).sum().item())
+        found = scores[prompt.task, prompt.index]
+        assert found.loglikelihoods == pytest.approx(values, abs=1e-4)
+        assert found.left_out_tokens == max(0, len(before) - room)
+    assert 0 < cut < len(prompts)
+    with pytest.raises(BBHError, match=f"60 new tokens; the model's context has {room + 12}"):
+        list(score_choices(model, bundled_tokenizer, [dataclasses.replace(prompts[0], max_new_tokens=60)]))
+
+
 @pytest.mark.parametrize(
     ("kind", "shared"),
     [("llama", True), ("qwen2", True), ("gpt2", True), ("bloom", False), ("mistral", False), ("mamba", False)],
@@ -217,6 +252,40 @@ def test_a_vocabulary_that_joins_lines_is_not_cut_at_them(across: str, cuts: boo
     prompts = [Prompt("snarks", i, "B\n", f"A{'B' * i}\nA:", ("A", "B"), "A") for i in range(3)]
     for prompt, encoded in zip(prompts, encoder.encode(prompts), strict=True):
         assert list(encoded.context) == tokenizer.encode(prompt.shared + prompt.question)
+
+
+@pytest.mark.parametrize("ending", ["\n<|im_end|>assistant\n", "\n### Answer:\n", "\n### Answer: ", "[/INST]"])
+def test_behind_a_template_choices_are_cut_as_in_the_whole(bundled_tokenizer: Any, ending: str) -> None:
+    """Also where it ends in no token of its own, so that nothing may be concluded from another prompt's end."""
+    choices = ("Yes", "(A)", "12 34", "(A)")
+    questions = ("Is it?", "A longer one, is it", "Is", "x\n", "<|im_end|>")
+    prompts = [Prompt("snarks", i, "", f"{q}{ending}", choices, templated=True) for i, q in enumerate(questions)]
+    for prompt, encoded in zip(prompts, Encoder(bundled_tokenizer).encode(prompts), strict=True):
+        alone = bundled_tokenizer.encode(prompt.text)
+        assert list(encoded.context) == alone
+        for choice, continuation in zip(choices, encoded.continuations, strict=True):
+            whole = bundled_tokenizer.encode(prompt.text + choice)
+            parted = [*alone, *bundled_tokenizer.encode(choice)]
+            assert list(encoded.context + continuation) == (whole if whole[: len(alone)] == alone else parted)
+
+
+def test_a_reply_joins_no_token_of_its_prompt() -> None:
+    """Where a tokenizer would make one token of the prompt's last and the choice's first; in another prompt it does
+    not, and that one's choices are others' here, for this tokenizer begins a text with a space."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate([*"\nABQ:▁x", "\nA"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\n", "A")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="x")
+    prompts = [Prompt("snarks", i, "", text, ("A", "B"), templated=True) for i, text in enumerate(("Q:", "Q:\n"))]
+    parted, joining = Encoder(tokenizer).encode(prompts)
+    of = vocabulary.__getitem__
+    assert tokenizer.encode("Q:\nA") == [of("▁"), of("Q"), of(":"), of("\nA")]
+    assert joining.context == (of("▁"), of("Q"), of(":"), of("\n"))
+    assert parted.continuations == ((of("A"),), (of("B"),))
+    assert joining.continuations == ((of("▁"), of("A")), (of("▁"), of("B")))
 
 
 def test_branches_share_what_choices_share() -> None:

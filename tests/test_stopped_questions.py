@@ -75,7 +75,8 @@ def result(home: Path) -> tuple[bytes, str]:
     return samples.read_bytes(), json.dumps(json.loads(path.read_text())["metrics"])
 
 
-PROTOCOLS = ("leaderboard", "cot-fewshot")
+PROTOCOLS = ("leaderboard", "fewshot")
+"""Choices compared, and replies with the likelihoods of answers beside them, each kept by itself."""
 
 
 @pytest.fixture(scope="session")
@@ -248,7 +249,8 @@ MUTATIONS: dict[str, Callable[[Path], None]] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "protocol": {"protocol": "fewshot"},
     "plain protocol": {"protocol": "zeroshot"},
-    "likelihoods": {"protocol": "leaderboard"},
+    "choices": {"protocol": "leaderboard"},
+    "no likelihoods": {"protocol": "fewshot", "likelihoods": False},
     "reading": {"reading": "lm-eval"},
     "length": {"max_new_tokens": 7},
     "limit": {"limit": 2},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from kallm_bench.bbh.prompts import Prompt, build_prompts, fingerprint
 from kallm_bench.bbh.protocols import Protocol, find_protocol
 from kallm_bench.bbh.questions import QuestionSet, load_questions
 from kallm_bench.bbh.readings import by_likelihood, read_reply
-from kallm_bench.bbh.samples import Key, Sample, Unfinished, key_of, sample_of
+from kallm_bench.bbh.samples import Key, Sample, Unfinished, has_likelihoods, has_reply, joined, key_of, sample_of
 from kallm_bench.bbh.scores import score, score_as_lm_eval
 from kallm_bench.bbh.scoring import score_choices
 from kallm_bench.bbh.tasks import Question
@@ -37,6 +37,7 @@ class EvalSettings:
         max_new_tokens: where an answer is cut; None for the protocol's own.
         questions_seed: of procedural questions. Not an arm's seed: every arm gets the same questions.
         batch_invariant: whether replies do not depend on the batch size, to the bit. Likelihoods never do.
+        likelihoods: whether the right answer's likelihood is computed besides the reply, where that begins with it.
 
     Raises:
         BBHError: a count below 1.
@@ -50,6 +51,7 @@ class EvalSettings:
     questions_seed: int = 0
     reading: str | None = None
     batch_invariant: bool = False
+    likelihoods: bool = True
 
     def __post_init__(self) -> None:
         if (self.limit is not None and self.limit < 1) or (self.max_new_tokens is not None and self.max_new_tokens < 1):
@@ -73,6 +75,7 @@ class Exam:
 
     Args:
         prompts: of the questions, in their order.
+        likelihoods: whether answers are compared in the place of each reply, of a protocol that `answers_at_once`.
     """
 
     protocol: Protocol
@@ -81,10 +84,15 @@ class Exam:
     prompts: tuple[Prompt, ...]
     max_new_tokens: int
     batch_invariant: bool = False
+    likelihoods: bool = False
 
     def described(self) -> dict[str, Any]:
-        """The part of a stage's settings, without what differs where the same is asked."""
+        """The part of a stage's settings, without what differs where the same is asked.
+
+        Likelihoods are named where they are computed beside replies: older records, without them, stay what they are.
+        """
         replies = {} if self.protocol.compared else {"batch_invariant": self.batch_invariant}
+        replies |= {"likelihoods": True} if self.likelihoods else {}
         return {
             "protocol": self.protocol.name,
             "reading": self.reading,
@@ -124,7 +132,24 @@ def prepare(settings: EvalSettings, tokenizer: Any = None) -> Exam:
     questions = settings.questions()
     prompts = build_prompts(questions, protocol, tokenizer, reading, settings.max_new_tokens)
     most = 0 if protocol.compared else settings.max_new_tokens or protocol.max_new_tokens
-    return Exam(protocol, reading, questions, tuple(prompts), most, settings.batch_invariant)
+    likelihoods = settings.likelihoods and protocol.answers_at_once
+    return Exam(protocol, reading, questions, tuple(prompts), most, settings.batch_invariant, likelihoods)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Who is asked, and what.
+
+    Args:
+        batch_size: replies at once; None for as many as fit.
+        processes: among which the questions are parted.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    exam: Exam
+    batch_size: int | None
+    processes: Processes
 
 
 def ask(
@@ -140,7 +165,9 @@ def ask(
     """Puts every question to the model.
 
     Samples are kept as they come, so that a run that was stopped asks only what is missing, and ends with the same.
-    Several processes take a part of the questions each; all have to call this.
+    Where an exam wants replies and likelihoods these come first, since they say soon what would not fit; a sample is
+    kept of each, and what a question lacks is asked. Several processes take a part of the questions each; all have to
+    call this.
 
     Args:
         unfinished: where samples are kept; the caller removes it when they are safe elsewhere.
@@ -150,79 +177,97 @@ def ask(
     Returns:
         One sample a question, in the questions' order; on other processes than the first none.
     """
+    asked = _Asked(model, tokenizer, exam, batch_size, processes)
     known = unfinished.read() if processes.first else {}
-    done = {(task, index) for task, index in processes.tell(sorted(known))}
-    way = _likelihoods if exam.protocol.compared else _replies
+    ways = _ways(exam)
+    before = [[sample for sample in known.values() if has(sample)] for _, _, has in ways]
+    done = processes.tell([[key_of(sample) for sample in each] for each in before])
     found = []
     with unfinished.writing(processes.number) as keep, of_any_shape():
-        told = _Told(watch, len(done), len(exam.prompts), sum(sample["correct"] for sample in known.values()))
-        for sample in way(model, tokenizer, exam, done, batch_size, processes, told):
-            keep(sample)
-            told.add(sample)
-            found.append(sample)
-    samples = known | {key_of(sample): sample for each in processes.gather(found) for sample in each}
-    return [samples[question.task, question.index] for question in exam.questions.questions] if processes.first else []
+        for (work, way, _), keys, samples in zip(ways, done, before, strict=True):
+            told = _Told(watch, work, len(keys), len(exam.prompts), sum(sample["correct"] for sample in samples))
+            for sample in way(asked, {(task, index) for task, index in keys}, told):
+                keep(sample)
+                told.add(sample)
+                found.append(sample)
+    whole = joined([*known.values(), *(sample for each in processes.gather(found) for sample in each)])
+    return [whole[question.task, question.index] for question in exam.questions.questions] if processes.first else []
+
+
+Way = Callable[[_Asked, set[Key], Watch], Iterator[Sample]]
+"""Asks all but the questions that are done."""
+
+
+def _ways(exam: Exam) -> list[tuple[str, Way, Callable[[Sample], bool]]]:
+    """What is done with each question: its name, how, and whether a sample has it already."""
+    if exam.protocol.compared:
+        return [("questions", _likelihoods, has_likelihoods)]
+    replies: tuple[str, Way, Callable[[Sample], bool]] = ("questions", _replies, has_reply)
+    return [("likelihoods", _likelihoods, has_likelihoods), replies] if exam.likelihoods else [replies]
 
 
 class _Told:
     """Passes on what an engine tells of its part of the questions, and how many were answered right."""
 
-    def __init__(self, watch: Watch, done: int, total: int, right: int) -> None:
-        self.watch, self.done, self.total, self.right = watch, done, total, right
+    def __init__(self, watch: Watch, work: str, done: int, total: int, right: int) -> None:
+        self.watch, self.work, self.done, self.total, self.right = watch, work, done, total, right
         self.note = ""
-        watch("questions", done, total)
+        watch(work, done, total)
 
     def __call__(self, work: str, done: int, total: int, note: str = "") -> None:
         self.note = note
         if note and not note.endswith("tokens/s"):
-            self.watch("questions", self.done, self.total, note)
+            self.watch(self.work, self.done, self.total, note)
 
     def add(self, sample: Sample) -> None:
         self.done, self.right = self.done + 1, self.right + sample["correct"]
         speed = [self.note] if self.note.endswith("tokens/s") else []
-        self.watch("questions", self.done, self.total, ", ".join([f"{self.right} right", *speed]))
+        right = [f"{self.right} right"] if self.work == "questions" else []
+        self.watch(self.work, self.done, self.total, ", ".join([*right, *speed]))
 
 
-def _likelihoods(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    exam: Exam,
-    done: set[Key],
-    batch_size: int | None,
-    processes: Processes,
-    watch: Watch,
-) -> Iterator[Sample]:
-    prompts = {(prompt.task, prompt.index): prompt for prompt in exam.prompts}
-    part = processes.number, processes.count
-    for scores in score_choices(model, tokenizer, exam.prompts, done=done, part=part, watch=watch):
-        prompt = prompts[scores.task, scores.index]
+def _likelihoods(asked: _Asked, done: set[Key], watch: Watch) -> Iterator[Sample]:
+    """Samples without a reply: of the choices that the protocol compares, or of the answers a reply could begin with.
+
+    Those are what the question lists or, where any text may be the answer, the right one alone, which has no rank.
+    """
+    exam, part = asked.exam, (asked.processes.number, asked.processes.count)
+    of_question = {
+        (question.task, question.index): (prompt, prompt.choices or question.choices)
+        for prompt, question in zip(exam.prompts, exam.questions.questions, strict=True)
+    }
+    prompts = [
+        dataclasses.replace(prompt, choices=choices or (prompt.target,)) for prompt, choices in of_question.values()
+    ]
+    for scores in score_choices(asked.model, asked.tokenizer, prompts, done=done, part=part, watch=watch):
+        prompt, choices = of_question[scores.task, scores.index]
+        values = scores.loglikelihoods
         yield sample_of(
             prompt,
             exam.protocol.name,
             completion=None,
             left_out_tokens=scores.left_out_tokens,
             forwarded_tokens=scores.forwarded_tokens,
-            **_compared(prompt.choices, scores.loglikelihoods, prompt.target),
+            **(_compared(choices, values, prompt.target) if choices else _alone(*values)),
         )
 
 
-def _replies(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    exam: Exam,
-    done: set[Key],
-    batch_size: int | None,
-    processes: Processes,
-    watch: Watch,
-) -> Iterator[Sample]:
+def _replies(asked: _Asked, done: set[Key], watch: Watch) -> Iterator[Sample]:
+    exam, processes = asked.exam, asked.processes
     first: dict[str, int] = {}
     for number, prompt in enumerate(exam.prompts):
         first.setdefault(prompt.shared, number)
     missing = [number for number, prompt in enumerate(exam.prompts) if (prompt.task, prompt.index) not in done]
     mine = processes.share(np.array(missing, dtype=int)).tolist()
-    asked = [exam.prompts[number] for number in mine]
-    invariant = exam.batch_invariant
-    for reply in generate(model, tokenizer, asked, batch_size=batch_size, batch_invariant=invariant, watch=watch):
+    replies = generate(
+        asked.model,
+        asked.tokenizer,
+        [exam.prompts[number] for number in mine],
+        batch_size=asked.batch_size,
+        batch_invariant=exam.batch_invariant,
+        watch=watch,
+    )
+    for reply in replies:
         number = mine[reply.number]
         prompt, question = exam.prompts[number], exam.questions.questions[number]
         extracted, right = read_reply(exam.protocol, exam.reading, question, reply.text)
@@ -287,6 +332,12 @@ def _read_choices(sample: Sample, question: Question, protocol: Protocol, readin
             f"ask again with --reading {reading}"
         )
     return sample | _compared(choices, [values[choice] for choice in choices], question.target)
+
+
+def _alone(loglikelihood: float) -> dict[str, Any]:
+    """What a sample says of a right answer that was compared with nothing."""
+    found: dict[str, Any] = {"choices": [], "loglikelihoods": [], "extracted": None, "correct": False}
+    return found | {"target_loglikelihood": loglikelihood, "target_rank": None}
 
 
 def _compared(choices: Sequence[str], loglikelihoods: Sequence[float], target: str) -> dict[str, Any]:

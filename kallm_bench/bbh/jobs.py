@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kallm_bench.bbh.encoding import Encoder, Tokens, context_of, tokens_of
+from kallm_bench.bbh.encoding import Encoder, Tokens, context_of, room_for, tokens_of
 from kallm_bench.bbh.prompts import Prompt
 from kallm_bench.bbh.stops import Ending
 from kallm_bench.errors import BBHError
@@ -52,15 +52,13 @@ def make_jobs(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt])
     jobs = []
     groups: dict[Tokens, tuple[int, Tokens]] = {}
     for number, (prompt, (ids, beginning)) in enumerate(zip(prompts, _encode(tokenizer, prompts), strict=True)):
-        room = context - prompt.max_new_tokens
         if not ids:
             raise BBHError(f"{prompt.task} {prompt.index}: the prompt is empty")
-        if prompt.max_new_tokens < 1 or room < 1:
+        if prompt.max_new_tokens < 1:
             raise BBHError(
-                f"{prompt.task} {prompt.index}: {prompt.max_new_tokens} new tokens; the model's context has {context}, "
-                "and the prompt needs one at least; ask for fewer"
+                f"{prompt.task} {prompt.index}: {prompt.max_new_tokens} new tokens; a reply has one at least"
             )
-        cut = max(0, len(ids) - room)
+        cut = max(0, len(ids) - room_for(prompt, context))
         shared = 0 if cut else _agreeing(ids[:-1], beginning)
         shared = shared if shared >= SHORTEST_BEGINNING else 0
         group, common = groups.setdefault(ids[:shared], (len(groups), ids[:shared]))

@@ -64,6 +64,8 @@ class Protocol:
             protocol has, the one that is taken where none is asked for first.
         compared: task -> choices whose likelihoods are compared; empty where the answer is generated.
         group: what lm-eval calls it.
+        reasons: whether a reply is to reason before it answers. Then the answer does not follow the prompt, and how
+            likely it is there says nothing.
     """
 
     name: str
@@ -75,6 +77,16 @@ class Protocol:
     stops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     compared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     group: str = ""
+    reasons: bool = False
+
+    @property
+    def answers_at_once(self) -> bool:
+        """Whether a reply is to begin with the answer, so that each answer has a likelihood after the prompt.
+
+        Not where a reply reasons first: what comes before the answer is then the model's own, another text for every
+        model, and an answer behind it has a likelihood that compares with nobody's.
+        """
+        return not self.compared and not self.reasons
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -143,6 +155,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 cue="A: Let's think step by step.\n",
                 stops={"fixed": _FEW_SHOT_FIXED, "lm-eval": _FEW_SHOT},
                 group="bbh_cot_fewshot",
+                reasons=True,
             ),
             Protocol(
                 "cot-zeroshot",
@@ -150,6 +163,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 cue="A: Let's think step by step.",
                 stops={"fixed": _ZERO_SHOT, "lm-eval": _ZERO_SHOT},
                 group="bbh_cot_zeroshot",
+                reasons=True,
             ),
         )
     }

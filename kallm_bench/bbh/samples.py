@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,16 @@ SAMPLE_FIELDS = (
 )
 """Of a sample, in the order they are written.
 
-prompt_sha256: its first DIGITS digits; choices: those compared, or what the question lists; loglikelihoods: of those
-compared, in nats; completion: the reply, None where choices are compared; extracted: the answer, None where none
-could be read; target_loglikelihood, target_rank: of the gold answer among the choices compared, from 1, None where it
-is none of them; left_out_tokens: cut from the prompt's beginning to fit the context; forwarded_tokens: put through
-the model for this question.
+prompt_sha256: its first DIGITS digits; choices: those compared, or what the question lists, none where any text may
+be the answer; loglikelihoods: of those compared, in nats; completion: the reply, None where choices alone are
+compared; extracted: the answer, None where none could be read; target_loglikelihood: of the gold answer, in nats,
+None where it is none of the choices or was not asked for; target_rank: its place among the choices, from 1, by
+likelihood a character, None where there are none or it is none of them; left_out_tokens: cut from the prompt's
+beginning to fit the context; forwarded_tokens: put through the model for this question.
 """
+
+LIKELIHOODS = ("choices", "loglikelihoods", "target_loglikelihood", "target_rank")
+"""Of those, what the likelihoods of answers come to."""
 
 
 DIGITS = 16
@@ -61,6 +65,35 @@ def sample_of(prompt: Prompt, protocol: str, **found: Any) -> Sample:
     return {field: known[field] for field in SAMPLE_FIELDS}
 
 
+def has_likelihoods(sample: Sample) -> bool:
+    """Whether the answers' likelihoods were computed."""
+    return bool(sample["loglikelihoods"]) or sample["target_loglikelihood"] is not None
+
+
+def has_reply(sample: Sample) -> bool:
+    """Whether it was replied to."""
+    return sample["completion"] is not None
+
+
+def joined(samples: Iterable[Sample]) -> dict[Key, Sample]:
+    """One sample a question, of several or of one in two halves: a reply, and the likelihoods of answers in its place.
+
+    Each half is found, kept and lost by itself, in any order, on any process; a question that has one yet keeps that.
+    """
+    replied: dict[Key, Sample] = {}
+    compared: dict[Key, Sample] = {}
+    for sample in samples:
+        (replied if has_reply(sample) else compared)[key_of(sample)] = sample
+    return compared | {key: _joined(reply, compared.get(key)) for key, reply in replied.items()}
+
+
+def _joined(reply: Sample, compared: Sample | None) -> Sample:
+    if compared is None:
+        return reply
+    forwarded = reply["forwarded_tokens"] + compared["forwarded_tokens"]
+    return reply | {field: compared[field] for field in LIKELIHOODS} | {"forwarded_tokens": forwarded}
+
+
 class Unfinished:
     """The samples of a run that is not done yet, on the disk: a file for each process, read by the first one.
 
@@ -72,15 +105,15 @@ class Unfinished:
         self.path = path
 
     def read(self) -> dict[Key, Sample]:
-        """What is there. Lines that were cut off or damaged are dropped, also from the file, and asked again."""
-        found: dict[Key, Sample] = {}
+        """What is there, halves `joined`. Lines cut off or damaged are dropped, also from the file, and asked again."""
+        found: list[Sample] = []
         for path in self._files():
             lines = path.read_bytes().splitlines(keepends=True)
             samples = [(line, sample) for line in lines if (sample := _sample_in(line))]
             if len(samples) < len(lines):
                 write_file(path, b"".join(line for line, _ in samples))
-            found |= {key_of(sample): sample for _, sample in samples}
-        return found
+            found += [sample for _, sample in samples]
+        return joined(found)
 
     @contextmanager
     def writing(self, process: int = 0) -> Iterator[Callable[[Sample], None]]:

@@ -1,21 +1,24 @@
-"""What samples come to: accuracy with its interval, beside guessing and the majority answer, a task and in all."""
+"""What samples come to: accuracy with its interval, beside guessing and the majority answer, a task and in all.
+
+Where likelihoods of answers were computed besides replies, that of the right one, and how often it is the likeliest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from kallm_bench.bbh.aggregate import leaderboard_score, mean_and_error
 from kallm_bench.bbh.protocols import LEADERBOARD_CHOICES
 from kallm_bench.bbh.questions import QuestionSet
-from kallm_bench.bbh.samples import Sample
+from kallm_bench.bbh.samples import Sample, has_reply
 from kallm_bench.bbh.tasks import Question
 from kallm_bench.records import Metric
 from kallm_bench.records.statistics import accuracy_interval
 
-MEANS = ("accuracy", "guessing_accuracy", "majority_accuracy", "target_loglikelihood")
-"""Of which the figure in all is the plain mean over tasks."""
+MEANS = ("accuracy", "guessing_accuracy", "majority_accuracy")
+"""Of which the figure in all is the plain mean over all tasks."""
 
 CUT_NOTE = "prompts longer than the model's context; their beginnings were left out, as lm-eval does"
 
@@ -27,8 +30,9 @@ def score(
 ) -> list[Metric]:
     """Figures of each task and in all: accuracy and its 95 % interval, guessing, majority, invalid answers.
 
-    Where choices were compared, the mean log-likelihood of the right one too, over the questions that have it among
-    them.
+    Where likelihoods were computed, the mean log-likelihood of the right answer too; in all, over the tasks that have
+    choices: any other text is as unlikely as it is long, and the longest would decide. Where that was besides replies,
+    in how many of the questions with choices the right one is the likeliest, beside guessing in these tasks.
 
     Args:
         choices: what guessing chooses among; by default what the question lists.
@@ -43,13 +47,17 @@ def score(
             Metric(f"{name}/{task}", value, n=count)
             for name, (value, count) in _of_task(answered, asked, questions.majority[task], choices).items()
         ]
-        parts += _interval({task: answered}, f"/{task}")
-    whole = [
-        Metric(name, float(np.mean([m.value for m in values])), n=sum(metric.n for metric in values))
-        for name in MEANS
-        if (values := [metric for metric in parts if metric.name.startswith(f"{name}/")])
+        parts += _intervals({task: answered}, f"/{task}")
+    listing = [task for task, answered in of_task.items() if any(sample["choices"] for sample in answered)]
+    likeliest = [task for task, answered in of_task.items() if _likeliest(answered)]
+    means = [
+        *(_mean_over(name, parts, of_task) for name in MEANS),
+        _mean_over("target_loglikelihood", parts, listing),
+        _mean_over("likeliest_accuracy", parts, likeliest),
+        _mean_over("guessing_accuracy", parts, likeliest, "likeliest_guessing"),
     ]
-    whole[1:1] = _interval(of_task)
+    whole = [mean for mean in means if mean]
+    whole[1:1] = _intervals(of_task)
     invalid = sum(sample["extracted"] is None for sample in samples)
     whole.append(Metric("invalid_rate", invalid / len(samples), n=len(samples)))
     if cut := sum(sample["left_out_tokens"] > 0 for sample in samples):
@@ -90,13 +98,35 @@ def _of_task(
         "majority_accuracy": [float(question.target == majority) for question in asked],
         "invalid_rate": [float(sample["extracted"] is None) for sample in answered],
         "target_loglikelihood": [v for sample in answered if (v := sample["target_loglikelihood"]) is not None],
+        "likeliest_accuracy": _likeliest(answered),
     }
     return {name: (float(np.mean(each)), len(each)) for name, each in values.items() if each}
 
 
-def _interval(of_task: Mapping[str, Sequence[Sample]], part: str = "") -> list[Metric]:
-    """Both ends of the interval of the mean over these tasks."""
-    right = {task: np.array([[float(sample["correct"]) for sample in each]]) for task, each in of_task.items()}
-    n = sum(map(len, of_task.values()))
-    ends = zip(("accuracy_low", "accuracy_high"), accuracy_interval(right), strict=True)
-    return [Metric(f"{name}{part}", value, n=n) for name, value in ends]
+def _mean_over(name: str, parts: Sequence[Metric], tasks: Collection[str], called: str = "") -> Metric | None:
+    """The plain mean of a figure over these tasks; None where none of them has it."""
+    wanted = {f"{name}/{task}" for task in tasks}
+    found = [metric for metric in parts if metric.name in wanted]
+    values = [metric.value for metric in found if metric.value is not None]
+    return Metric(called or name, float(np.mean(values)), n=sum(metric.n for metric in found)) if found else None
+
+
+def _likeliest(samples: Sequence[Sample]) -> list[float]:
+    """Of each that has choices compared besides its reply, whether the right one is the likeliest.
+
+    Where no reply was asked for, that is what accuracy tells.
+    """
+    return [float(each["target_rank"] == 1) for each in samples if has_reply(each) and each["loglikelihoods"]]
+
+
+def _intervals(of_task: Mapping[str, Sequence[Sample]], part: str = "") -> list[Metric]:
+    """Both ends of the intervals of means over these tasks: of right answers, and of right answers being likeliest."""
+    right = {task: [float(sample["correct"]) for sample in each] for task, each in of_task.items()}
+    likeliest = {task: shares for task, each in of_task.items() if (shares := _likeliest(each))}
+    metrics = []
+    for name, values in (("accuracy", right), ("likeliest_accuracy", likeliest)):
+        if values:
+            low, high = accuracy_interval({task: np.array([each]) for task, each in values.items()})
+            n = sum(map(len, values.values()))
+            metrics += [Metric(f"{name}_low{part}", low, n=n), Metric(f"{name}_high{part}", high, n=n)]
+    return metrics

@@ -5,6 +5,9 @@ that all prompts of a task begin with are computed once and their keys and value
 with its choices as branches of a tree that do not see each other (trees.py); and many such trees stand side by side.
 What a choice's tokens get is the same up to rounding: attention sees exactly the tokens before them.
 
+So it is done, too, for answers behind prompts that a reply is asked with: where the reply would begin, and with as much
+of the prompt left out as leaves room for it.
+
 That takes a model which looks at positions and masks as they are given and whose cache holds a key for every token.
 One batch is tried both ways; where the two differ, every choice is computed in full, as lm-eval does.
 """
@@ -19,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kallm_bench.bbh.encoding import Encoded, Encoder, context_of
+from kallm_bench.bbh.encoding import Encoded, Encoder, context_of, room_for
 from kallm_bench.bbh.prompts import Prompt
 from kallm_bench.bbh.tree_forward import Beginning, can_share, loglikelihoods
 from kallm_bench.bbh.trees import Batch, batch_of, batches_of, chains_of, shared_beginning, tree_of
@@ -79,13 +82,13 @@ def score_choices(
 
     Args:
         model: in evaluation mode.
-        prompts: all of them, with two choices or more each.
+        prompts: all of them, with one choice or more each.
         done: (task, index) of those not to be asked again.
         part: this process's number and how many there are; each takes whole tasks.
         slots: tokens at once, padding included; None for what suits the device. Halved where memory runs out.
 
     Raises:
-        BBHError: not even one question fits into memory.
+        BBHError: not even one question fits into memory; the model's context holds no more than a reply.
     """
     run = _Run(model, tokenizer, prompts, slots or SLOTS.get(model.device.type, SLOTS["cpu"]), watch)
     yield from run.scores(frozenset(done), *part)
@@ -93,7 +96,9 @@ def score_choices(
 
 def count_tokens(tokenizer: Any, prompts: Sequence[Prompt], context: int, slots: int = SLOTS["cuda"]) -> Forwarded:
     """What `score_choices` would put through a model with so long a context, but for the batch it tries both ways."""
-    tasks = [_plan(name, questions, context, slots) for name, questions in _encoded(tokenizer, prompts).items()]
+    tasks = [
+        _plan(name, questions, context, slots) for name, questions in _encoded(tokenizer, prompts, context).items()
+    ]
     batches = [batch for task in tasks for batch in task.batches]
     own = sum(len(tree) for batch in batches for tree in batch.trees)
     return Forwarded(sum(len(task.beginning) for task in tasks), own, sum(batch.slots for batch in batches) - own)
@@ -112,13 +117,17 @@ class _Task:
         return len(self.beginning) + sum(batch.slots for batch in self.batches)
 
 
-def _encoded(tokenizer: Any, prompts: Sequence[Prompt]) -> dict[str, list[tuple[int, Encoded]]]:
-    """The questions of each task, with their numbers among all."""
+def _encoded(tokenizer: Any, prompts: Sequence[Prompt], context: int) -> dict[str, list[tuple[int, Encoded]]]:
+    """The questions of each task, with their numbers among all, in so long a context."""
     encoder = Encoder(tokenizer)
+
+    def fitted(question: Encoded) -> Encoded:
+        return question.kept(room_for(question.prompt, context))
+
     found: dict[str, list[tuple[int, Encoded]]] = {prompt.task: [] for prompt in prompts}
     for task, questions in found.items():
         numbers = [number for number, prompt in enumerate(prompts) if prompt.task == task]
-        questions += zip(numbers, encoder.encode([prompts[number] for number in numbers]), strict=True)
+        questions += zip(numbers, map(fitted, encoder.encode([prompts[number] for number in numbers])), strict=True)
     return found
 
 
@@ -134,7 +143,7 @@ def _plan(name: str, questions: Sequence[tuple[int, Encoded]], context: int, slo
 
 def _left_out(question: Encoded, context: int) -> int:
     """Tokens that do not fit; the last one of a choice is never read."""
-    return max(0, _length(question) - (context + 1))
+    return question.cut_tokens + max(0, _length(question) - (context + 1))
 
 
 def _length(question: Encoded) -> int:
@@ -152,7 +161,7 @@ class _Run:
     def __init__(self, model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], slots: int, watch: Watch):
         self.model, self.prompts, self.watch = model, prompts, watch
         self.context = context_of(model, tokenizer)
-        self.encoded = _encoded(tokenizer, prompts)
+        self.encoded = _encoded(tokenizer, prompts, self.context)
         self.questions = {number: question for each in self.encoded.values() for number, question in each}
         self.slots = slots
         self.told = self.total = 0

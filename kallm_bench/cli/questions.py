@@ -43,6 +43,13 @@ def eval_bbh(
     batch_invariant: Annotated[
         bool, typer.Option("--batch-invariant", help="Replies that no batch size changes by a bit; slower.")
     ] = False,
+    likelihoods: Annotated[
+        bool,
+        typer.Option(
+            "--likelihoods/--no-likelihoods",
+            help="How likely the right answer is in a reply's place; not where replies reason first.",
+        ),
+    ] = True,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
@@ -59,7 +66,8 @@ def eval_bbh(
     """
     if prompts_only != (out is not None):
         raise typer.BadParameter("--prompts-only and --out FILE go together")
-    if rescore is not None and (prompts_only or protocol or tasks or limit or max_new_tokens or batch_invariant):
+    asked = protocol or tasks or limit or max_new_tokens or batch_invariant or not likelihoods
+    if rescore is not None and (prompts_only or asked):
         raise typer.BadParameter("--rescore takes --reading, --source and --results: the record says the rest")
     from kallm_bench import engine
     from kallm_bench.bbh.evaluate import EvalSettings
@@ -74,10 +82,12 @@ def eval_bbh(
         console.show_records([engine.rescore(store, rescore, reading, source)], as_json, store.written)
         return
     chosen = tuple(read_names(tasks, "--tasks")) if tasks else ()
-    settings = EvalSettings(protocol or "chat", source, chosen, limit, max_new_tokens, 0, reading, batch_invariant)
+    settings = EvalSettings(
+        protocol or "chat", source, chosen, limit, max_new_tokens, 0, reading, batch_invariant, likelihoods
+    )
     if out is not None:
-        asked = [protocol] if protocol else LM_EVAL_PROTOCOLS
-        counts = engine.write_prompts(lambda: find_ref(checkpoint, trust_remote_code), settings, asked, out)
+        protocols = [protocol] if protocol else LM_EVAL_PROTOCOLS
+        counts = engine.write_prompts(lambda: find_ref(checkpoint, trust_remote_code), settings, protocols, out)
         if as_json:
             console.show_json({"out": str(out), "prompts": counts})
         else:

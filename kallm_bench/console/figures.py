@@ -51,7 +51,7 @@ def _show_figures(record: RunRecord) -> None:
         streams.out.print(f"· not measured: {', '.join(names)}: {reason}", style="dim")
 
 
-ENDS = ("accuracy_low", "accuracy_high")
+ENDS = ("accuracy_low", "accuracy_high", "likeliest_accuracy_low", "likeliest_accuracy_high")
 """Figures that are shown as the interval of another."""
 
 

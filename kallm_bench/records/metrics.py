@@ -35,8 +35,14 @@ METRICS: dict[str, MetricKind] = {
     ),
     "accuracy_high": MetricKind("fraction", "higher", "upper end of the same"),
     "target_loglikelihood": MetricKind(
-        "nats", "higher", "ln p of the right one of the choices compared, mean over questions; in all: over tasks"
+        "nats", "higher", "ln p of the right answer, mean over questions; in all: over the tasks that have choices"
     ),
+    "likeliest_accuracy": MetricKind(
+        "fraction", "higher", "questions with choices whose right one is the likeliest a character; in all: over tasks"
+    ),
+    "likeliest_accuracy_low": MetricKind("fraction", "higher", "lower end of its 95 % interval, as of accuracy"),
+    "likeliest_accuracy_high": MetricKind("fraction", "higher", "upper end of the same"),
+    "likeliest_guessing": MetricKind("fraction", "", "guessing_accuracy, mean over the tasks that have choices"),
     "class_accuracy": MetricKind("fraction", "higher", "right classes of held-out texts; with a class: of its texts"),
     "class_loss": MetricKind("nats/text", "lower", "mean cross-entropy of the class of texts in the held-out rows"),
     "class_loss_before": MetricKind("nats/text", "lower", "the same before the first step"),
@@ -86,6 +92,9 @@ METRICS: dict[str, MetricKind] = {
     "peak_bytes": MetricKind("bytes", "lower", "most GPU memory in forward and backward, beyond input and parameters"),
     "accuracy_difference": MetricKind("points", "higher", "accuracy less the reference's; interval over questions"),
     "detectable_difference": MetricKind("points", "lower", "the smallest that these questions show four times in five"),
+    "likelihood_difference": MetricKind(
+        "nats", "higher", "target_loglikelihood less the reference's; interval over questions"
+    ),
     "heldout_loss_difference": MetricKind("nats/token", "lower", "less the reference's; interval over seeds"),
     "class_loss_difference": MetricKind("nats/text", "lower", "less the reference's; interval over seeds"),
     "tokens_to_reference": MetricKind(

@@ -57,9 +57,31 @@ def accuracy_interval(
     return float(low), float(high)
 
 
+def mean_over_questions(
+    values: Mapping[str, np.ndarray], level: float = 0.95, replicates: int = 2_000, seed: int = 0
+) -> tuple[float, Interval | None]:
+    """The plain mean over tasks of what questions are worth, which may be anything, and its interval.
+
+    By the same bootstrap as `accuracy_interval`, without its prior: what has no ends has nothing that could join it.
+
+    Args:
+        values: task -> (seeds, questions).
+
+    Returns:
+        The interval is None where a task has a single question, which says nothing of spread.
+    """
+    means = [np.atleast_2d(np.asarray(values[task], dtype=float)).mean(axis=0) for task in sorted(values)]
+    mean = float(np.mean([each.mean() for each in means]))
+    if min(map(len, means)) < 2:
+        return mean, None
+    draws = resampled(means, (), 0.0, replicates, np.random.default_rng(seed))
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return mean, (float(low), float(high))
+
+
 def resampled(
     tasks: Sequence[np.ndarray],
-    ends: tuple[float, float],
+    ends: Sequence[float],
     prior: float,
     replicates: int,
     generator: np.random.Generator,
@@ -73,7 +95,7 @@ def resampled(
 
     Args:
         tasks: (questions,) each.
-        ends: the least and the most that a question can be worth.
+        ends: the least and the most that a question can be worth; none where there is no end, and `prior` is 0.
 
     Returns:
         (replicates,)

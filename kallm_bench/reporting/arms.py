@@ -83,8 +83,12 @@ def asked_how(records: Sequence[RunRecord]) -> str:
 
 
 def comparable(record: RunRecord) -> dict[str, Any]:
-    """A record's settings less what differs between seeds by nature: the seed and the weights."""
-    settings = {key: value for key, value in record.settings.items() if key not in ("seed", "weights")}
+    """A record's settings less what differs between seeds by nature, the seed and the weights.
+
+    Nor does it matter whether likelihoods were computed besides the same replies.
+    """
+    left_out = ("seed", "weights", "likelihoods")
+    settings = {key: value for key, value in record.settings.items() if key not in left_out}
     if "spec" in settings:
         settings["spec"] = {key: value for key, value in settings["spec"].items() if key != "seed"}
     return settings

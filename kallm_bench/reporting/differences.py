@@ -14,7 +14,7 @@ from typing import Any
 from kallm_bench.records import RunRecord
 from kallm_bench.records.comparison import MARGIN, POWER, Comparison
 from kallm_bench.records.statistics import difference_interval
-from kallm_bench.reporting.answers import AnswerBook
+from kallm_bench.reporting.answers import LIKELIHOOD, AnswerBook
 from kallm_bench.reporting.arms import Arm
 from kallm_bench.reporting.controls import Controls, is_kan, is_linear, matched, started_alike
 from kallm_bench.reporting.curves import has_curve, measured, tokens_to_loss
@@ -25,6 +25,9 @@ ALPHA = 0.05
 
 MANY = 3
 """Comparisons of which one may be expected to mislead somebody."""
+
+MORE_LIKELY, LESS_LIKELY = "▲", "▼"
+"""Marks a difference of log-likelihoods whose interval excludes 0."""
 
 LOSSES = {
     "heldout_loss": ("heldout_loss_difference", "held-out loss difference"),
@@ -49,6 +52,7 @@ RATIOS: tuple[tuple[str, str, str, str], ...] = (
 COLUMNS = (
     ("accuracy_difference", "accuracy difference, points"),
     ("detectable_difference", "detectable"),
+    ("likelihood_difference", "log-likelihood difference, nats"),
     *LOSSES.values(),
     (TOKENS, "× tokens to its loss"),
     *dict.fromkeys((ratio, heading) for _, _, ratio, heading in RATIOS),
@@ -102,6 +106,8 @@ def _row(book: AnswerBook, arm: Arm, other: Arm) -> Row:
         figures["detectable_difference"] = Figure(100 * comparison.detectable)
         words |= {VERDICT: comparison.verdict, EXACT: ", ".join(map(_probability, comparison.mcnemar))}
         words[TASKS] = _tasks(comparison)
+    if figure := _likelihood_difference(book, arm, other):
+        figures["likelihood_difference"] = figure
     for metric, (difference, _) in LOSSES.items():
         if figure := _loss_difference(arm, other, metric):
             figures[difference] = figure
@@ -127,6 +133,20 @@ def _compared(book: AnswerBook, arm: Arm, other: Arm) -> Comparison | None:
         if stage == "train" or arm.settings[stage] == other.settings[stage]:
             return book.comparison(mine, theirs)
     return None
+
+
+def _likelihood_difference(book: AnswerBook, arm: Arm, other: Arm) -> Figure | None:
+    """None where they were asked in different ways, or likelihoods were not computed of both."""
+    mine, theirs = arm.stages.get("eval-bbh", []), other.stages.get("eval-bbh", [])
+    known = all(any(measured(record, LIKELIHOOD) for record in each) for each in (mine, theirs))
+    if not known or arm.settings["eval-bbh"] != other.settings["eval-bbh"]:
+        return None
+    if (found := book.likelihood_difference(mine, theirs)) is None:
+        return None
+    difference, interval = found
+    low, high = interval or (0.0, 0.0)
+    mark = MORE_LIKELY if low > 0 else LESS_LIKELY if high < 0 else ""
+    return Figure(difference, interval, mark, "questions" if interval else "")
 
 
 def _loss_difference(arm: Arm, other: Arm, metric: str) -> Figure | None:
@@ -204,6 +224,13 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
             )
         yield "McNemar's p: exact, over all questions, a value for each pair of seeds."
         yield "Tasks better, worse: by exact tests over a task's questions, corrected by Holm for all tasks."
+    if any("likelihood_difference" in row.figures for row in rows):
+        yield (
+            "Log-likelihood difference: of the right answers, on the same questions, by the plain mean over the tasks "
+            "that have choices; 95 % interval by the bootstrap over questions, each with the mean over seeds. "
+            f"{MORE_LIKELY} the interval lies above 0, {LESS_LIKELY} below: right answers are likelier than the "
+            "reference has them, or less likely, which need not change a single reply."
+        )
     if any(figure.over == "samples" for row in rows for figure in row.figures.values()):
         yield "Ratios ±: half the range that the samples of two single runs leave open."
     yield from _named_tasks(compared)

@@ -22,6 +22,7 @@ def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], figures: Seq
     """
     marks = {figure.mark for figure in figures}
     yield from _question_notes(arms)
+    yield from _likelihood_notes(arms)
     yield from _training_notes(arms)
     yield from (text for mark, text in EXPLAINED.items() if mark in marks)
     yield from _interval_notes(figures)
@@ -59,6 +60,20 @@ def _question_notes(arms: Sequence[Arm]) -> Iterable[str]:
         if line not in told:
             told.add(line)
             yield line
+
+
+def _likelihood_notes(arms: Sequence[Arm]) -> Iterable[str]:
+    records = [record for arm in arms for record in arm.stages.get("eval-bbh", [])]
+    if any(record.value("target_loglikelihood") is not None for record in records):
+        yield (
+            "Log-likelihood of the right answer: in nats, where the answer is to begin; plain mean over the tasks that "
+            "have choices; [ ] of one seed: 95 % bootstrap interval over questions."
+        )
+    if any(record.value("likeliest_accuracy") is not None for record in records):
+        yield (
+            "Right answer likeliest: of the questions that list their choices, those whose right one has the highest "
+            "log-likelihood a character; interval and guessing as of accuracy."
+        )
 
 
 def _how(record: RunRecord) -> str:

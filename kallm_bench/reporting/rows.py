@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from kallm_bench.records import Metric, RunRecord
 from kallm_bench.records.comparison import holm
 from kallm_bench.records.statistics import mean_interval
-from kallm_bench.reporting.answers import AnswerBook
+from kallm_bench.reporting.answers import LIKELIEST, LIKELIHOOD, RIGHT, AnswerBook
 from kallm_bench.reporting.arms import Arm, asked_how, what_it_is
-from kallm_bench.reporting.chance import judged, mark_of
+from kallm_bench.reporting.chance import GUESSING, judged, mark_of
 from kallm_bench.reporting.curves import curves_of, measured
 from kallm_bench.reporting.table import Figure, Row, TaskScore
 
@@ -23,6 +23,7 @@ STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("train", "class_accuracy", "accuracy of classes"),
     ("eval-bbh", "accuracy", "accuracy"),
     ("eval-bbh", "target_loglikelihood", "log-likelihood of the right answer"),
+    ("eval-bbh", "likeliest_accuracy", "right answer likeliest"),
     ("profile", "prefill_tokens_per_second", "prefill tokens/s"),
     ("profile", "decode_tokens_per_second", "decode tokens/s"),
     ("train", "train_tokens_per_second", "train tokens/s"),
@@ -69,14 +70,17 @@ def figure_of(book: AnswerBook, records: Sequence[RunRecord], metric: str) -> Fi
     if not values:
         return None
     mean = statistics.fmean(values)
-    if metric in ACCURACIES.values():
-        interval = (judged(records[0], metric)[0] if len(records) == 1 else None) or book.interval(records)
-        mark = mark_of(interval, records[0].value("guessing_accuracy"))
-        return Figure(mean, interval, mark, "questions" if interval else "")
+    if metric in (*ACCURACIES.values(), LIKELIEST):
+        asked = LIKELIEST if metric == LIKELIEST else RIGHT
+        interval = (judged(records[0], metric)[0] if len(records) == 1 else None) or book.interval(records, asked)
+        guessing = next((value for record in records if (value := record.value(GUESSING[asked])) is not None), None)
+        return Figure(mean, interval, mark_of(interval, guessing), "questions" if interval else "")
     if interval := mean_interval(values):
         if interval[0] < 0 <= min(values):
             interval = (0.0, interval[1])  # of two seeds it is wide, and these cannot be negative
         return Figure(mean, interval, over="seeds")
+    if metric == LIKELIHOOD and (interval := book.interval(records, metric)):
+        return Figure(mean, interval, over="questions")
     if len(found[0].samples) > 2:
         return Figure(mean, (min(found[0].samples), max(found[0].samples)), over="samples")
     return Figure(mean)
@@ -124,5 +128,8 @@ def chance_rows(arms: Sequence[Arm]) -> list[Row]:
         among = f" ({how or record.data.get('source')})" if len(asked) > 1 else ""
         for name, metric in (("guessing", "guessing_accuracy"), ("majority answer", "majority_accuracy")):
             if (value := record.value(metric)) is not None:
-                rows.append(Row(f"{name}{among}", "no model", 0, {ACCURACIES[stage]: Figure(value)}, asked=how))
+                figures = {ACCURACIES[stage]: Figure(value)}
+                if name == "guessing" and (likeliest := record.value(GUESSING[LIKELIEST])) is not None:
+                    figures[LIKELIEST] = Figure(likeliest)
+                rows.append(Row(f"{name}{among}", "no model", 0, figures, asked=how))
     return rows

@@ -117,6 +117,7 @@ _FORMS_OF: dict[str, Callable[[float], str]] = {
     "peak_bytes": _mebibytes,
     "relative_error": "{:.1e}".format,
     "detectable_difference": Form(1, 1),
+    "likelihood_difference": Form(1, 3, sign="+"),
     "heldout_loss_difference": Form(1, 3, sign="+"),
     "class_loss_difference": Form(1, 3, sign="+"),
 }
