@@ -106,7 +106,7 @@ def resampled(
     total = np.zeros(replicates)
     for shares in tasks:
         values, counts = np.unique(np.concatenate([shares, ends]), return_counts=True)
-        counts = counts - (1 - prior / 2) * ((values == ends[0]) | (values == ends[1]))
+        counts = counts - (1 - prior / 2) * np.isin(values, ends)
         weight, n = counts.sum(), len(shares)
         noise = generator.dirichlet(counts, size=replicates) @ values - counts @ values / weight
         total += shares.mean() + noise * np.sqrt((weight + 1) / max(n - 1, 1))  # the variance of a mean, without bias
