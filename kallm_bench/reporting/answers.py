@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -98,12 +99,13 @@ class AnswerBook:
         """The questions worth something, and task -> (seeds, questions) of that; of seeds that have answers."""
         self._of_id.update({record.id: record for record in records})
         answers = [each for record in records if (each := self._read(record.id).get(metric))]
-        if not answers or any(set(each) != set(answers[0]) for each in answers):
+        if not answers or any(each.keys() != answers[0].keys() for each in answers):
             return None
         questions = tuple(sorted(answers[0]))
         tasks: dict[str, np.ndarray] = {}
-        for task in dict.fromkeys(task for task, _ in questions):
-            tasks[task] = np.array([[each[q] for q in questions if q[0] == task] for each in answers])
+        for task, group in itertools.groupby(questions, key=lambda question: question[0]):
+            asked = list(group)
+            tasks[task] = np.array([[each[question] for question in asked] for each in answers])
         return questions, tasks
 
     def _answers_of(self, record_id: str) -> dict[str, dict[tuple[str, int], float]]:
