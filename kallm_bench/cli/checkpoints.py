@@ -24,7 +24,8 @@ def retrofit(
     target: Annotated[
         str,
         typer.Option(
-            help="feedforward: as a whole; linears: each layer inside it; attention: each of its layers; linears+attention: both."
+            help="feedforward: as a whole; linears: each layer inside it; attention: each of its layers; or "
+            "linears+attention."
         ),
     ] = "feedforward",
     degree: Annotated[int | None, typer.Option(help="Highest polynomial degree, where the basis has one.")] = None,

@@ -25,8 +25,8 @@ class AdaptedLinear(nn.Module):
         x (..., I) -> (..., O), in the dtype that the layer alone answers in.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, original: nn.Module, adapter: LowRankKAN) -> None:
         super().__init__()

@@ -20,8 +20,8 @@ from kallm_bench.kan import KANLinear
 from kallm_bench.kan.bases import Basis
 from kallm_bench.kan.layers import GroupFunction
 from kallm_bench.models import replaced_modules, replaced_sites
-from kallm_bench.models.revert import sites_from
 from kallm_bench.models.adapted import AdaptedLinear
+from kallm_bench.models.revert import sites_from
 from kallm_bench.models.sites import Site, answer_by, module_at, original_at
 from kallm_bench.training.settings import TrainSettings
 
