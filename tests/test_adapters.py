@@ -37,6 +37,7 @@ from kallm_bench.models.inspect import inspect_model
 from kallm_bench.profiling import flops_per_token
 from kallm_bench.records import ResultsStore
 from kallm_bench.reporting.arms import variants, what_it_is
+from kallm_bench.reporting.controls import Controls, missing_controls
 from kallm_bench.suites import read_suite
 from kallm_bench.training import (
     CurriculumSettings,
@@ -377,6 +378,9 @@ form = "adapter"
 target = "linears+attention"
 rank = 4
 blocks = "2-3"
+[[arm]]
+name = "lora"
+train = {scope = "lora", tail_from = 2, lora_rank = 8}
 """
 
 
@@ -390,9 +394,13 @@ def test_an_arm_is_made_trained_and_told(
     bench = Bench(ResultsStore(tmp_path / "results"), "here", tmp_path / "runs", torch.device("cpu"), torch.float32)
     ran = engine.run_suite(bench, read_suite(tmp_path / "s.toml"))
     assert not ran.failures
-    made, trained = ran.records
+    made, trained, _ = ran.records
     assert made.value("replaced_parameters") == trained.value("trainable_parameters")
-    (arm,) = variants("kan-adapter", ran.records, {record.id: record for record in ran.records})
+    known = {record.id: record for record in ran.records}
+    (arm,), (lora,) = (variants(name, ran.records, known) for name in ("kan-adapter", "lora"))
+    assert Controls([arm, lora]).of(arm) is lora
+    assert list(missing_controls([arm, lora])) == []
+    assert list(missing_controls([arm])) == ["LoRA with as many parameters as 'kan-adapter'"]
     assert what_it_is(arm) == (
         "cheby2 degree 2 adapter, rank 4, beside each linear layer in the attention and the feed-forward of blocks 2-3"
     )
