@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kallm_bench.models import KANSpec, complete_spec, replaced_sites, skeleton_of
+from kallm_bench.models.adapted import AdaptedLinear
 from kallm_bench.models.anatomy import Anatomy
-from kallm_bench.models.sites import original_at
+from kallm_bench.models.sites import Site, original_at
 from kallm_bench.profiling import flops_per_token
 from kallm_bench.training import SCOPES, parameters_in
 
@@ -26,7 +27,7 @@ class Place:
 
     Args:
         name: "3", or "3.mlp.up_proj".
-        before, after: class and parameters of what goes and of what comes.
+        before, after: class and parameters of what goes and of what comes; an adapter comes with its layer.
     """
 
     name: str
@@ -86,7 +87,7 @@ def forecast(config: PreTrainedConfig, spec: KANSpec) -> Forecast:
     before, after = skeleton_of(config), skeleton_of(wanted)
     held, coming = replaced_sites(before), replaced_sites(after)
     places = tuple(
-        Place(site.name, _told(held.get(site) or original_at(before, site)), _told(coming[site]))
+        Place(site.name, _told(held.get(site) or original_at(before, site)), _told_of(after, site, coming[site]))
         for site in Anatomy.of(config).sites(spec)
     )
     return Forecast(
@@ -96,6 +97,12 @@ def forecast(config: PreTrainedConfig, spec: KANSpec) -> Forecast:
         {scope: sum(parameter.numel() for parameter in parameters_in(after, scope)) for scope in SCOPES},
         places,
     )
+
+
+def _told_of(model: PreTrainedModel, site: Site, module: nn.Module) -> tuple[str, int]:
+    """What stands at a site, for an adapter with the layer that it is beside."""
+    beside = model.get_submodule(site.path)
+    return _told(beside if isinstance(beside, AdaptedLinear) else module)
 
 
 def _told(module: nn.Module) -> tuple[str, int]:

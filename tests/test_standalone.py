@@ -38,8 +38,10 @@ HISTORIES = {  # name: the retrofits that a model went through
     "linear layers": [KANSpec("1", "cheby2", target="linears", hidden=24)],
     "linear layers without activation": [KANSpec("1", "rbf:centers=4", target="linears", activation="drop")],
     "attention": [KANSpec("1", "legendre", target="attention")],
+    "adapters": [KANSpec("1", "cheby2", form="adapter", target="linears+attention", rank=3)],
     "gpt2": [KANSpec("0", "cheby4"), KANSpec("1", "linear", hidden=24)],
     "opt": [KANSpec("0", "cheby2"), KANSpec("1", "drop")],
+    "adapters of gpt2": [KANSpec("1", "rational", form="adapter-code", target="linears", rank=8)],
     "bloom": [KANSpec("0", "cheby2"), KANSpec("1", "legendre", target="linears")],
     "mixtral": [KANSpec("1", "cheby2", hidden=16, experts=True)],
     **{f"basis {name}": [KANSpec("1", name)] for name in sorted(BASES)},
@@ -49,6 +51,7 @@ HISTORIES = {  # name: the retrofits that a model went through
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 ARCHITECTURES = {  # histories of these names are of these; the others of a Llama
     "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1),
+    "adapters of gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1),
     "opt": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32),  # its blocks call two layers themselves
     "bloom": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),  # its feed-forward adds the residual
     "mixtral": MixtralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, num_local_experts=4),

@@ -22,7 +22,7 @@ from kallm_bench.models import KANSpec, complete_spec, load_model, parameters_of
 from kallm_bench.records import ResultsStore
 from kallm_bench.reporting import Row, build_tables
 from kallm_bench.suites import find_suite, read_suite
-from kallm_bench.training import CurriculumSettings, DistillationSettings
+from kallm_bench.training import CurriculumSettings, DistillationSettings, parameters_in
 
 SHIPPED = sorted((Path(__file__).parent.parent / "suites").glob("*.toml"))
 
@@ -188,6 +188,24 @@ def test_the_arms_of_suite_curricula_have_as_many_parameters_and_can_be_taught_s
         name, plus, way = arm.partition("+")
         if name == "kan" and way != "degree":
             assert taught["linear-matched" + plus + way] == how
+
+
+def test_the_adapters_of_suite_lora_have_as_many_parameters_and_the_same_lessons(bundled: Any, tmp_path: Path) -> None:
+    cells, model = read_suite(find_suite("lora"), seeds=[0]).cells, bundled[0]
+    (tmp_path / "chat.jsonl").write_text("{}")
+    learning = {}
+    for cell in cells:
+        assert cell.train.tokens == 9_200_000
+        here = dataclasses.replace(cell.train, data=str(tmp_path / "chat.jsonl"), heldout=None)
+        engine.check_cell(dataclasses.replace(cell, train=here))
+        if cell.spec and cell.spec.is_adapter:
+            assert cell.train.scope == "replaced"
+            learning[cell.arm] = parameters_of(model.config, complete_spec(model.config, cell.spec))
+        elif not cell.spec and cell.train.scope == "lora":
+            ours = parameters_in(model, "lora", cell.train.tail_from, cell.train.lora)
+            learning[cell.arm] = sum(parameter.numel() for parameter in ours)
+    for kan, lora in (("kan-adapter", "lora"), ("kan-adapter-code", "lora"), ("kan-adapter-64", "lora-64")):
+        assert learning[kan] == pytest.approx(learning[lora], rel=0.01)
 
 
 def test_stages_are_chosen_by_hand_and_some_are_for_the_first_seed_alone(tmp_path: Path) -> None:

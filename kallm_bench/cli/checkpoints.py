@@ -22,15 +22,24 @@ def retrofit(
         str, typer.Option(help="Basis (`kallm bases` lists them), or linear (fresh feed-forward), or drop (none).")
     ] = "cheby2",
     target: Annotated[
-        str, typer.Option(help="feedforward: as a whole; linears: each layer inside it; attention: each of its layers.")
+        str,
+        typer.Option(
+            help="feedforward: as a whole; linears: each layer inside it; attention: each of its layers; or "
+            "linears+attention."
+        ),
     ] = "feedforward",
     degree: Annotated[int | None, typer.Option(help="Highest polynomial degree, where the basis has one.")] = None,
     hidden: Annotated[
         int | None, typer.Option(help="Inner width; a quarter of the original's for KANs, the original's for linear.")
     ] = None,
     form: Annotated[
-        str, typer.Option(help="stack: two KAN layers; single: one; gated: two multiplied; glu: SwiGLU, learned gate.")
+        str,
+        typer.Option(
+            help="stack: two KAN layers; single: one; gated: two multiplied; glu: SwiGLU, learned gate. Beside single "
+            "layers, which stay: adapter (LoRA of two KAN layers), adapter-code (LoRA with learned functions between)."
+        ),
     ] = "stack",
+    rank: Annotated[int | None, typer.Option(help="How narrow an adapter is; 16 if left out.")] = None,
     constant: Annotated[
         str, typer.Option(help="Where the constant function goes: one bias, or on every edge as published.")
     ] = "bias",
@@ -96,6 +105,7 @@ def retrofit(
     spec = KANSpec(
         blocks or "last:5", basis, degree, hidden, form, constant, seed, linear=linear, groups=groups, up=up,
         start=start, start_steps=start_steps, params=size, target=target, activation=activation, experts=experts,
+        rank=rank,
     )  # fmt: skip
     if dry_run:
         from kallm_bench.forecast import forecast

@@ -136,5 +136,5 @@ def _checkpoint_name(model: str, spec: KANSpec, key: str) -> str:
     blocks = sorted(map(int, spec.blocks))
     run = f"{blocks[0]}-{blocks[-1]}" if blocks == list(range(blocks[0], blocks[-1] + 1)) else f"{len(blocks)}blocks"
     basis = "".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in spec.basis)
-    what = basis if spec.target == "feedforward" else f"{basis}-{spec.target}"
+    what = basis if spec.target == "feedforward" else f"{basis}-{spec.form if spec.is_adapter else spec.target}"
     return f"{model}-{what}-{run}-{key[:8]}"

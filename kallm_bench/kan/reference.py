@@ -63,7 +63,9 @@ def group_of_squashed(x: Tensor, basis: Basis, coefficients: Tensor | None) -> T
         return own.squeeze(-2)
     groups, features = len(coefficients), x.shape[-1]
     if any(True for _ in basis.parameters()):  # what it learns is a group's too: channels side by side, groups last
-        of_groups: Tensor = basis(x.reshape(*x.shape[:-1], groups, -1).transpose(-1, -2))  # (..., n, K, G)
+        of_groups: Tensor = basis(
+            x.reshape(*x.shape[:-1], groups, features // groups).transpose(-1, -2)
+        )  # (..., n, K, G)
         values = of_groups.movedim(-3, -1).flatten(-2)  # (..., K, G·n)
     else:
         values = basis(x)  # (..., K, features)

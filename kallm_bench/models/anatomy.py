@@ -70,12 +70,13 @@ class Anatomy:
         """
         sites: list[Site] = []
         for block in map(int, spec.blocks):
-            found = self._attention(block) if spec.target == "attention" else self._feedforward(block, spec.experts)
-            if isinstance(found, str):
-                raise SpecError(f"{self._name}: block {block} {found}{self._others(spec)}")
-            sites += [found] if isinstance(found, Site) else found
-            if spec.target == "linears":
-                sites[-1:] = self._linears(sites[-1], spec.activation)
+            for part in spec.parts:
+                found = self._attention(block) if part == "attention" else self._feedforward(block, spec.experts)
+                if isinstance(found, str):
+                    raise SpecError(f"{self._name}: block {block} {found}{self._others(spec)}")
+                if isinstance(found, Site):
+                    found = [found] if spec.target == "feedforward" else self._linears(found, spec.activation)
+                sites += found
         return sites
 
     def feedforward(self, block: int, experts: bool = True) -> nn.Module:
@@ -104,7 +105,7 @@ class Anatomy:
 
     def _others(self, spec: KANSpec) -> str:
         """Which blocks would do, where some would and `spec` asks for feed-forwards."""
-        if spec.target == "attention":
+        if "attention" in spec.parts:
             return ""
         numbers = range(len(self.blocks))
         good = [str(block) for block in numbers if isinstance(self._feedforward(block, spec.experts), Site)]
@@ -149,7 +150,7 @@ class Anatomy:
             if not _is_attention(child):
                 continue
             sites += [
-                Site(block, self._path(block, f"{name}.{inner}"), label=f"{name}.{inner}")
+                Site(block, self._path(block, f"{name}.{inner}"), label=f"{name}.{inner}", part="attention")
                 for inner, layer in child.named_modules()
                 if isinstance(layer, LINEAR)
             ]

@@ -52,8 +52,14 @@ def model_card(
 def _described(spec: KANSpec) -> str:
     """A retrofit in a line of a list."""
     blocks = ", ".join(map(str, spec.blocks))
-    what = {"feedforward": "feed-forward", "linears": "linear layers of the feed-forward", "attention": "attention"}
-    details = [f"form {spec.form}"] if spec.is_basis and spec.target == "feedforward" else []
+    what = {
+        "feedforward": "feed-forward",
+        "linears": "linear layers of the feed-forward",
+        "attention": "attention",
+        "linears+attention": "linear layers of the attention and the feed-forward",
+    }
+    details = [f"form {spec.form}"] if spec.is_basis and (spec.target == "feedforward" or spec.is_adapter) else []
     details += [f"degree {spec.degree}"] if spec.degree else []
     details += [f"hidden {spec.hidden}"] if spec.hidden else []
+    details += [f"rank {spec.rank}"] if spec.rank else []
     return f"- {what[spec.target]} of blocks {blocks}: {', '.join([spec.basis, *details, f'start {spec.start}'])}"

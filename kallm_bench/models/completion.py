@@ -16,6 +16,9 @@ from kallm_bench.models.replacement import make_replacement, winning_specs
 from kallm_bench.models.sites import intermediate_size, linear_layers, original_at
 from kallm_bench.models.spec import KANSpec
 
+RANK = 16
+"""Of an adapter, where none is given: what training's own adapters have."""
+
 FAR = 0.1
 """A change of basis that misses by more is made only where it is asked for."""
 
@@ -50,6 +53,8 @@ def complete(spec: KANSpec, anatomy: Anatomy, before: list[KANSpec]) -> KANSpec:
     if spec.is_basis and spec.form == "glu" and groups is None and not make_basis(spec.basis).groups:
         groups = 8
     spec = dataclasses.replace(spec, degree=degree, groups=groups)
+    if spec.is_adapter and spec.rank is None:
+        spec = dataclasses.replace(spec, rank=RANK)
     if spec.params is not None:
         return dataclasses.replace(spec, hidden=_hidden_for(spec, anatomy), params=None)
     if spec.target != "feedforward":
@@ -81,16 +86,23 @@ def replaced_parameters(spec: KANSpec, anatomy: Anatomy) -> int:
 def _check_places(spec: KANSpec, anatomy: Anatomy, before: list[KANSpec]) -> None:
     """Refuses what the architecture, or an earlier retrofit, has no place for."""
     anatomy.sites(spec)
-    if spec.target != "linears":
+    if spec.target == "feedforward":
         return
     held = winning_specs(before)
-    for block in map(int, spec.blocks):
-        earlier = held.get((block, spec.part))
+    for block, part in ((int(block), part) for block in spec.blocks for part in spec.parts):
+        earlier = held.get((block, part))
         if earlier and earlier.target == "feedforward":
             raise SpecError(
                 f"block {block} holds no linear layers any more: its feed-forward was replaced as a whole; "
                 "put it back first, with --revert"
             )
+        if earlier and spec.is_adapter and not earlier.is_adapter:
+            raise SpecError(
+                f"block {block} holds other layers than the model's own, which alone take form '{spec.form}'; put them "
+                "back first, with --revert"
+            )
+        if part == "attention":
+            continue
         inner = anatomy.feedforward(block)
         own = sum(parameter.numel() for layer in linear_layers(inner) for parameter in layer.parameters())
         if (spec.hidden or spec.params) and own < sum(parameter.numel() for parameter in inner.parameters()):
@@ -106,14 +118,14 @@ def _inner(anatomy: Anatomy, block: int) -> int:
 def _kept(spec: KANSpec, before: list[KANSpec]) -> KANSpec | None:
     """The one retrofit that all these blocks hold, where its functions are what `spec` shall start from; else None."""
     holds = winning_specs(before)
-    held = [holds.get((int(block), spec.part)) for block in spec.blocks]
+    held = [holds.get((int(block), part)) for block in spec.blocks for part in spec.parts]
     first = held[0]
     if spec.start not in ("auto", "convert") or first is None or any(each != first for each in held):
         if spec.start == "convert":
             raise SpecError("start 'convert' needs blocks that hold KANs of one retrofit already")
         return None
     alike = spec.is_basis and first.is_basis and spec.target == first.target and spec.form == first.form != "glu"
-    same_shape = alike and spec.params is None and spec.hidden in (None, first.hidden)
+    same_shape = alike and not spec.is_adapter and spec.params is None and spec.hidden in (None, first.hidden)
     mixed = set(spec.basis + first.basis) & set("+>")
     if same_shape and not mixed and not _learned(spec) and not _learned(first):
         _check_near(first, spec)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import GroupFunction, KANFeedForward, KANLinear, ParallelKANLinear
+from kallm_bench.kan import GroupFunction, KANFeedForward, KANLinear, LowRankKAN, ParallelKANLinear
 from kallm_bench.kan.bases import SQUASHES
 from kallm_bench.kan.feedforward import ACTIVATIONS
 from kallm_bench.models.retrofit import replaced_sites
@@ -90,7 +90,7 @@ def inspect_model(model: PreTrainedModel, top: int = 3) -> tuple[list[LayerFacts
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(module, KANFeedForward | KANLinear | ParallelKANLinear):
+    if isinstance(module, KANFeedForward | KANLinear | ParallelKANLinear | LowRankKAN):
         for name, layer in module.named_modules():
             if isinstance(layer, KANLinear | GroupFunction):
                 yield name, layer

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import KANFeedForward
+from kallm_bench.kan import KANFeedForward, LowRankKAN
 from kallm_bench.kan.layers import make_layer
 from kallm_bench.models.anatomy import Anatomy
 from kallm_bench.models.sites import (
@@ -57,7 +57,7 @@ def make_replacement(anatomy: Anatomy, site: Site, spec: KANSpec) -> nn.Module:
 
 def winning_specs(specs: list[KANSpec]) -> dict[tuple[int, str], KANSpec]:
     """(block, part) -> the spec that holds there: a later retrofit wins over an earlier one. Specs must be resolved."""
-    return {(int(block), spec.part): spec for spec in specs for block in spec.blocks}
+    return {(int(block), part): spec for spec in specs for block in spec.blocks for part in spec.parts}
 
 
 def winning_sites(anatomy: Anatomy, specs: list[KANSpec]) -> list[tuple[Site, KANSpec]]:
@@ -66,9 +66,9 @@ def winning_sites(anatomy: Anatomy, specs: list[KANSpec]) -> list[tuple[Site, KA
     sites = {id(spec): anatomy.sites(spec) for spec in winners.values()}
     return [
         (site, spec)
-        for (block, _), spec in sorted(winners.items(), key=lambda item: item[0])
+        for (block, part), spec in sorted(winners.items(), key=lambda item: item[0])
         for site in sites[id(spec)]
-        if site.block == block
+        if (site.block, site.part) == (block, part)
     ]
 
 
@@ -83,8 +83,16 @@ def install(model: PreTrainedModel, specs: list[KANSpec]) -> None:
 
 
 def _make_layer(anatomy: Anatomy, site: Site, original: nn.Module, spec: KANSpec) -> nn.Module:
-    """In the place of one linear layer."""
+    """In the place of one linear layer, or beside it."""
     assert isinstance(original, LINEAR)
+    if spec.is_adapter:
+        if type(original).forward not in [each.forward for each in LINEAR]:
+            raise SpecError(f"block {site.name}: a {type(original).__name__} computes more than a matrix product")
+        assert spec.rank
+        return LowRankKAN(
+            inputs_of(original), outputs_of(original), spec.rank, spec.basis,
+            degree=spec.degree, form=spec.form, constant=spec.constant, linear=spec.linear,
+        )  # fmt: skip
     widths = inputs_of(original), outputs_of(original)
     if spec.hidden:
         widths = _widths(original, anatomy.feedforward(site.block), anatomy.width, spec.hidden)

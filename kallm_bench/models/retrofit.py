@@ -61,13 +61,14 @@ def retrofit_reporting(
     for site in anatomy.sites(spec):
         with torch.device("meta"):
             module = make_replacement(anatomy, site, spec)
-        same = (last := held.get((site.block, spec.part))) is not None and last.target == spec.target
+        last = held.get((site.block, site.part))
+        same = last is not None and (last.target == "feedforward") == (spec.target == "feedforward")
         standing[site] = module_at(model, site) if same else original_at(model, site)
         replacements[site] = module.to(torch.float32).to_empty(device=device or _device_of(model, site))
     report = start(model, standing, replacements, spec, deviation, calibration, watch)
 
-    for site, earlier in winning_sites(anatomy, before):
-        for path in site.silent if site.block in spec.blocks and earlier.part == spec.part else ():
+    for site, _ in winning_sites(anatomy, before):
+        for path in site.silent if site.block in spec.blocks and site.part in spec.parts else ():
             model.set_submodule(path, copy.deepcopy(anatomy.model.get_submodule(path)))  # it has no parameters
     for site, module in replacements.items():
         put(model, site, module.to(model.dtype).train(model.training))

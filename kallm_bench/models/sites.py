@@ -18,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from kallm_bench.errors import SpecError
+from kallm_bench.kan import LowRankKAN
+from kallm_bench.models.adapted import AdaptedLinear
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -37,6 +39,7 @@ class Site:
         takes: how many it may be given, as a router is given the tokens.
         experts: whether the module that goes routes to experts.
         silent: modules beside it that become identities.
+        part: which part of a block it is of, see KANSpec.parts.
     """
 
     block: int
@@ -48,6 +51,7 @@ class Site:
     takes: int = 1
     experts: bool = False
     silent: tuple[str, ...] = ()
+    part: str = "feedforward"
 
     @property
     def name(self) -> str:
@@ -94,8 +98,10 @@ class RouterPlace(nn.Module):
 
 
 def put(model: nn.Module, site: Site, module: nn.Module) -> None:
-    """Changes `model`: `module`, from hidden states to hidden states, takes the place."""
+    """Changes `model`: `module`, from hidden states to hidden states, takes the place; an adapter goes beside it."""
     before = model.get_submodule(site.path)
+    if isinstance(module, LowRankKAN):
+        module = AdaptedLinear(before, module)
     if site.adds:
         module = AddsResidual(module, getattr(before, "hidden_dropout", 0.0))
     if site.returns > 1 or site.takes > 1:
@@ -127,8 +133,10 @@ def answer_by(module: nn.Module, forward: Callable[..., Any] | None) -> None:
 
 
 def module_at(model: nn.Module, site: Site) -> nn.Module:
-    """The module that `put` has put there."""
+    """The module that `put` has put there: of a layer with an adapter, the adapter."""
     module = model.get_submodule(site.path)
+    if isinstance(module, AdaptedLinear):
+        return module.adapter
     return module.feedforward if isinstance(module, AddsResidual | RouterPlace) else module
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kallm_bench.errors import SpecError, unknown
-from kallm_bench.kan import BASES, CONSTANTS, FORMS
+from kallm_bench.kan import ADAPTERS, BASES, CONSTANTS, FORMS
 from kallm_bench.kan.layers import has_degree, read_mix
 
 NOT_BASES = {
@@ -21,8 +21,17 @@ TARGETS = {
     "feedforward": "the whole feed-forward of a block, by one module",
     "linears": "each linear layer inside the feed-forward, by a KAN layer; what is between them stays",
     "attention": "each linear layer of the attention, by a KAN layer",
+    "linears+attention": "each linear layer of both",
 }
 """What a retrofit replaces in a block."""
+
+PARTS = {
+    "feedforward": ("feedforward",),
+    "linears": ("feedforward",),
+    "attention": ("attention",),
+    "linears+attention": ("attention", "feedforward"),
+}
+"""The parts of a block that these are, in order of their names."""
 
 ACTIVATIONS_KEPT = ("keep", "drop")
 
@@ -49,6 +58,7 @@ LATER = {
     "target": "feedforward",
     "activation": "keep",
     "experts": False,
+    "rank": None,
 }
 """Fields that came later, with what was meant before: written only where they differ, so that older keys hold."""
 
@@ -63,7 +73,7 @@ class KANSpec:
         degree: highest degree, for families that have one; None for the family's default.
         hidden: inner width; None for intermediate_size // 4 in a "stack" (384 in SmolLM2, as published) and for
             intermediate_size in "linear". Not for "single" and "drop", which have no inner width.
-        form: a key of kan.FORMS; for bases only.
+        form: a key of kan.FORMS, or of kan.ADAPTERS in the place of single layers; for bases only.
         constant: "bias" or "edge", see KANLinear; for bases only.
         linear: whether KAN layers have a path past the basis; not in form "glu".
         groups: how many learned functions form "glu" has; None for 8.
@@ -75,10 +85,12 @@ class KANSpec:
         params: sets `hidden` to what comes nearest to so many parameters in all replaced modules: a number, or
             "original" for as many as are replaced.
         seed: of the random start.
-        target: a key of TARGETS. In the place of single layers a KAN layer has no form, and `hidden` is the inner width
-            of the feed-forward around it; None leaves it as it is.
+        target: a key of TARGETS. In the place of single layers stands a KAN layer, which has no form, and `hidden` is
+            the inner width of the feed-forward around it; None leaves it as it is. Or they stay, and an adapter, of one
+            of the forms ADAPTERS, is put beside each.
         activation: "keep", or "drop" for linear layers without the feed-forward's own activation between them.
         experts: whether a feed-forward that routes to experts may be replaced as a whole.
+        rank: how narrow an adapter is; None for 16. For adapters alone.
 
     Raises:
         SpecError: anything in it that cannot be, whatever the model.
@@ -101,9 +113,10 @@ class KANSpec:
     target: str = "feedforward"
     activation: str = "keep"
     experts: bool = False
+    rank: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("degree", "hidden", "seed", "groups", "start_steps"):
+        for name in ("degree", "hidden", "seed", "groups", "start_steps", "rank"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise SpecError(f"{name} must be a whole number, got {value!r}")
@@ -121,14 +134,15 @@ class KANSpec:
             self._check_basis()
             if self.form == "single" and (self.hidden is not None or self.params is not None):
                 raise SpecError("form 'single' is one layer and has no hidden size; leave it out, or take form 'stack'")
-        if self.form not in FORMS:
-            raise SpecError(unknown("form", self.form, FORMS))
+        if self.form not in (*FORMS, *ADAPTERS):
+            raise SpecError(unknown("form", self.form, [*FORMS, *ADAPTERS]))
         if self.constant not in CONSTANTS:
             raise SpecError(unknown("treatment of the constant", self.constant, CONSTANTS))
         if not self.is_basis and (self.form, self.constant) != ("stack", "bias"):
             raise SpecError(f"'{self.basis}' is no KAN: leave form and constant out")
         self._check_options()
         self._check_target()
+        self._check_adapter()
         if not 0 <= self.seed < 2**32:
             raise SpecError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.hidden is not None and self.hidden < 1:
@@ -178,12 +192,34 @@ class KANSpec:
             raise SpecError(f"target '{self.target}' has no activation to drop; leave it out, or take target 'linears'")
         if self.target == "feedforward":
             return
-        if self.basis == "drop" or ">" in self.basis or self.form != "stack" or self.experts:
+        if self.basis == "drop" or ">" in self.basis or self.form not in ("stack", *ADAPTERS) or self.experts:
             raise SpecError(
                 f"target '{self.target}' puts a layer in a layer's place: no drop, sequential mix, form or experts"
             )
-        if self.target == "attention" and (self.hidden is not None or self.params is not None):
+        if "attention" in self.parts and (self.hidden is not None or self.params is not None):
             raise SpecError("the widths of attention are its heads': leave hidden and params out")
+
+    def _check_adapter(self) -> None:
+        if not self.is_adapter:
+            if self.rank is not None:
+                raise SpecError(f"rank is for the forms {' and '.join(ADAPTERS)}; leave it out")
+            return
+        if self.target == "feedforward":
+            raise SpecError(
+                f"form '{self.form}' adds to single layers; take target linears, attention or both with a +"
+            )
+        if self.rank is not None and self.rank < 1:
+            raise SpecError(f"rank must be at least 1, got {self.rank}")
+        if set(self.basis) & set("+>"):
+            raise SpecError(f"'{self.basis}' is a mix, which form '{self.form}' has no place for")
+        if self.start not in ("auto", "random"):
+            raise SpecError(f"an adapter begins at zero: leave start '{self.start}' out")
+        if self.hidden is not None or self.params is not None or self.scaled or self.activation == "drop":
+            raise SpecError(
+                f"form '{self.form}' leaves what is there: give rank, not hidden, params, scaled or activation"
+            )
+        if self.form == "adapter-code" and (self.linear or self.constant != "bias"):
+            raise SpecError("form 'adapter-code' has no KAN layers: leave linear and constant out")
 
     def _check_phases(self, phases: list[str]) -> None:
         if "convert" in phases and len(phases) > 1:
@@ -205,9 +241,14 @@ class KANSpec:
         return self.basis not in NOT_BASES
 
     @property
-    def part(self) -> str:
+    def is_adapter(self) -> bool:
+        """Whether it adds to linear layers and leaves them as they are."""
+        return self.form in ADAPTERS
+
+    @property
+    def parts(self) -> tuple[str, ...]:
         """What of a block it changes: of two retrofits of one part the later wins."""
-        return "attention" if self.target == "attention" else "feedforward"
+        return PARTS[self.target]
 
     @property
     def needs_calibration(self) -> bool:

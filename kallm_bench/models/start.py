@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kallm_bench.errors import SpecError
-from kallm_bench.kan import KANFeedForward, KANLinear, ParallelKANLinear
+from kallm_bench.kan import KANFeedForward, KANLinear, LowRankKAN, ParallelKANLinear
 from kallm_bench.models.calibration import Activations, Calibration, explained
 from kallm_bench.models.convert import convert_module
 from kallm_bench.models.distill import distill
@@ -53,7 +53,7 @@ def start(
         replacements: what shall stand there; changed in place.
         deviation: standard deviation of linear weights drawn at random, the model's own `initializer_range`.
         calibration: needed by all phases but "random" and "convert"; with it, a random start has the output variance of
-            what it replaces.
+            what it replaces. Adapters, which begin at zero, do without.
 
     Raises:
         SpecError: a start that needs calibration and has none; and as the phases do.
@@ -65,6 +65,8 @@ def start(
     for site, module in replacements.items():
         start_randomly(module.eval(), spec.seed, site.block, deviation, draws[site.block])
         draws[site.block] += 1
+    if spec.is_adapter:  # it begins at zero, whatever the layer beside it answers
+        return StartReport()
     if phases == ["convert"]:
         return StartReport(conversion_error=max(convert_module(standing[s], new) for s, new in replacements.items()))
     if phases[0] == "inherit" and spec.target != "feedforward":
@@ -114,7 +116,7 @@ def start_randomly(module: nn.Module, seed: int, block: int, deviation: float, n
         SpecError: the module holds parameters of a kind that has no known start.
     """
     generator = torch.Generator().manual_seed(1_000_003 * seed + 7_919 * number + block)
-    if isinstance(module, KANFeedForward | KANLinear | ParallelKANLinear):
+    if isinstance(module, KANFeedForward | KANLinear | ParallelKANLinear | LowRankKAN):
         module.reset_parameters(generator)
         return
     for layer in module.modules():

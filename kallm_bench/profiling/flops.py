@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kallm_bench.kan import KANLinear
+from kallm_bench.models.adapted import AdaptedLinear
 from kallm_bench.models.anatomy import find_blocks
 
 NO_DATA_SHEET = "no data sheet is known of this device"
@@ -67,7 +68,7 @@ def flops_per_token(model: PreTrainedModel) -> int:
 
 def product_weights(module: nn.Module) -> int:
     """Weights of the matrix product that a module does by itself, apart from those inside it."""
-    if isinstance(module, nn.Linear | Conv1D):
+    if isinstance(module, nn.Linear | Conv1D | AdaptedLinear):
         return module.weight.numel()
     return module.coefficients.numel() if isinstance(module, KANLinear) else 0
 

@@ -229,6 +229,7 @@ def _taught(arm: Arm) -> list[str]:
 TARGETS = {
     "linears": "each linear layer in the feed-forward of ",
     "attention": "each linear layer in the attention of ",
+    "linears+attention": "each linear layer in the attention and the feed-forward of ",
 }
 """How a retrofit of single layers says where it is."""
 
@@ -251,6 +252,8 @@ def _described(spec: dict[str, Any]) -> str:
     extras += f", {spec['groups']} groups" if spec.get("groups") else ""
     extras += ", up path too" if spec.get("up") else ""
     extras += ", no activation" if spec.get("activation") == "drop" else ""
+    if (rank := spec.get("rank")) is not None:
+        return f"{spec['basis']}{degree} {spec['form']}, rank {rank}{extras}, beside {blocks}"
     form = "" if where else f", {spec['form']}"
     return f"{spec['basis']}{degree}{form}{hidden}{extras}, {blocks}{_started(spec)}"
 

@@ -19,6 +19,7 @@ class Controls:
 
     def __init__(self, arms: Sequence[Arm]) -> None:
         self._alike: dict[tuple[str, str, str], list[Arm]] = defaultdict(list)
+        self._loras = [arm for arm in arms if is_lora(arm)]
         for arm in sorted((arm for arm in arms if is_linear(arm)), key=_size):
             for key in _keys(arm):
                 self._alike[key].append(arm)
@@ -27,8 +28,10 @@ class Controls:
         """What a KAN is set beside: a linear control trained alike, with as many parameters if there is one.
 
         One that was asked the same questions and started alike comes first; of those without as many parameters the
-        largest.
+        largest. An adapter is set beside LoRA, and only of as many parameters.
         """
+        if is_adapter(arm):
+            return next((other for other in self._loras if _replaces(arm, other)), None)
         if not is_kan(arm):
             return None
         alike: list[Arm] = next((found for key in _keys(arm) if (found := self._alike[key])), [])
@@ -50,6 +53,28 @@ def is_kan(arm: Arm) -> bool:
 
 def is_linear(arm: Arm) -> bool:
     return bool(arm.spec) and arm.spec["basis"] == "linear"  # type: ignore[index]
+
+
+def is_adapter(arm: Arm) -> bool:
+    return bool(arm.spec) and arm.spec.get("rank") is not None  # type: ignore[union-attr]
+
+
+def is_lora(arm: Arm) -> bool:
+    """Whether it learned by LoRA on the untouched model."""
+    return not arm.specs and arm.settings.get("train", {}).get("scope") == "lora"
+
+
+def _replaces(adapter: Arm, lora: Arm) -> bool:
+    """Whether one stands in the other's place: as many parameters learned as much, and the same was asked."""
+    learned = lora.stages["train"][0].value("trainable_parameters") or 0.0
+    alike = _lessons(adapter) == _lessons(lora) and adapter.settings.get("eval-bbh") == lora.settings.get("eval-bbh")
+    return alike and abs(learned - adapter.replaced_parameters) < MATCHED * learned
+
+
+def _lessons(arm: Arm) -> dict[str, Any]:
+    """How an arm was trained, less what the scope says."""
+    settings = arm.settings.get("train", {})
+    return {k: v for k, v in settings.items() if k not in ("scope", "tail_from") and not k.startswith("lora_")}
 
 
 def matched(arm: Arm, other: Arm) -> bool:
@@ -78,7 +103,12 @@ def _training(arm: Arm) -> str:
 
 def missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
     """Names the controls that the KANs among these arms lack."""
-    kans, linears = [arm for arm in arms if is_kan(arm)], [arm for arm in arms if is_linear(arm)]
+    adapters, loras = [arm for arm in arms if is_adapter(arm)], [arm for arm in arms if is_lora(arm)]
+    for adapter in adapters:
+        if not any(_replaces(adapter, lora) for lora in loras):
+            yield f"LoRA with as many parameters as '{adapter.name}'"
+    kans = [arm for arm in arms if is_kan(arm) and not is_adapter(arm)]
+    linears = [arm for arm in arms if is_linear(arm)]
     if not kans:
         return
     if all(arm.spec for arm in arms):

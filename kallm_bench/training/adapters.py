@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from kallm_bench.errors import TrainingError, unknown
 from kallm_bench.kan import KANLinear
+from kallm_bench.models.adapted import AdaptedLinear
 from kallm_bench.models.anatomy import find_blocks
 from kallm_bench.models.sites import LINEAR, inputs_of, outputs_of
 
@@ -50,19 +51,23 @@ def adapted_layers(
 
     Matrices of attention and feed-forward, and every KANLinear: it is linear in its coefficients, a matrix (O, F) on
     the basis functions of its inputs, and that matrix gets the adapter. What has no matrix gets none: a function per
-    group of channels, norms, experts that lie in one tensor.
+    group of channels, norms, experts that lie in one tensor. A layer beside which a retrofit has put a KAN gets one for
+    its own matrix, and the KAN none.
 
     Raises:
         TrainingError: a target that no layer is named by, or no layer at all.
     """
     blocks = find_blocks(model)
     prefix = next(name for name, module in model.named_modules() if module is blocks)
+    inside = {
+        part for layer in blocks.modules() if isinstance(layer, AdaptedLinear) for part in layer.adapter.modules()
+    }
     found = {
         f"{prefix}.{number}.{name}": (layer, *widths_of(layer))
         for number, block in enumerate(blocks)
         if number >= first_block
         for name, layer in block.named_modules()
-        if isinstance(layer, (*LINEAR, KANLinear))
+        if isinstance(layer, (*LINEAR, KANLinear, AdaptedLinear)) and layer not in inside
     }
     names = {part for name in found for part in name.split(".")[len(prefix.split(".")) + 1 :] if not part.isdecimal()}
     for target in targets:
@@ -83,5 +88,7 @@ def widths_of(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, KANLinear):
         raw = layer.in_features if layer.linear is not None else 0
         return layer.coefficients[0].numel() + raw, layer.out_features
+    if isinstance(layer, AdaptedLinear):
+        return layer.in_features, layer.out_features
     assert isinstance(layer, LINEAR)
     return inputs_of(layer), outputs_of(layer)

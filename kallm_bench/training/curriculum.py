@@ -20,6 +20,7 @@ from kallm_bench.kan import KANLinear
 from kallm_bench.kan.bases import Basis
 from kallm_bench.kan.layers import GroupFunction
 from kallm_bench.models import replaced_modules, replaced_sites
+from kallm_bench.models.adapted import AdaptedLinear
 from kallm_bench.models.revert import sites_from
 from kallm_bench.models.sites import Site, answer_by, module_at, original_at
 from kallm_bench.training.settings import TrainSettings
@@ -222,6 +223,11 @@ class Curriculum:
                 raise TrainingError(
                     f"block {site.name}: its own feed-forward is given more than hidden states, so the two cannot take "
                     "turns; leave stages and anneal out"
+                )
+            if isinstance(model.get_submodule(site.path), AdaptedLinear):
+                raise TrainingError(
+                    f"block {site.name}: an adapter begins as the original, so the two cannot take turns; leave stages "
+                    "and anneal out"
                 )
             pairs = [(module_at(model, site), original_at(base, site))]
             pairs += [(model.get_submodule(path), base.get_submodule(path)) for path in site.silent]

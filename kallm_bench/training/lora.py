@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kallm_bench.kan import KANLinear
+from kallm_bench.models.adapted import AdaptedLinear
 from kallm_bench.training.adapters import LoraSettings, adapted_layers, widths_of
 
 NAME = "default"
@@ -51,6 +52,24 @@ class KANAdapter(Linear):
         self.merged_adapters.append(NAME)
 
 
+class SecondAdapter(Linear):
+    """An adapter for the matrix of a layer beside which a retrofit has put a KAN; the KAN gets none."""
+
+    base_layer: AdaptedLinear
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return widths_of(module)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds what the adapter has learned to the layer's weight."""
+        layer = self.base_layer
+        first, second = (self.get_parameter(f"lora_{which}.{NAME}.weight") for which in "AB")
+        change = second @ first * self.scaling[NAME]  # (O, I)
+        layer.weight.add_(change.T if layer.turned else change)
+        self.merged_adapters.append(NAME)
+
+
 def add_adapters(model: PreTrainedModel, first_block: int, settings: LoraSettings, seed: int) -> list[nn.Parameter]:
     """Changes `model`: every layer of adapters.adapted_layers gets one that changes nothing yet. Returns what it has.
 
@@ -58,7 +77,7 @@ def add_adapters(model: PreTrainedModel, first_block: int, settings: LoraSetting
     """
     names = list(adapted_layers(model, first_block, settings.targets))
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names)
-    config._register_custom_module({KANLinear: KANAdapter})
+    config._register_custom_module({KANLinear: KANAdapter, AdaptedLinear: SecondAdapter})
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it finds out by itself which weights are stored turned round
         torch.manual_seed(seed)
