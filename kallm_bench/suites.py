@@ -113,7 +113,8 @@ def read_suite(
         stages: names of the stages to keep; none named keeps all.
 
     Raises:
-        SuiteError: not TOML, an unknown key (with the nearest one), an arm twice, a value of the wrong type.
+        SuiteError: not TOML, an unknown key (with the nearest one), an arm twice, a value of the wrong type, a stage
+            that the file does not have.
         KallmError: a setting that cannot be, as its own dataclass says.
     """
     try:
@@ -135,10 +136,15 @@ def read_suite(
         isinstance(arm, dict) and re.fullmatch(r"[\w.+-]+", str(arm.get("name", ""))) for arm in arms
     ):
         raise SuiteError(f"{path}: needs [[arm]] tables, each with a 'name' of letters, digits, '-', '_', '.' and '+'")
-    stages = list(stages)
-    for stage in (*content.get("stages", []), *content.get("once", []), *stages):
+    for stage in (*content.get("stages", []), *content.get("once", [])):
         if stage not in STAGES:
             raise SuiteError(f"{path}: {unknown('stage', str(stage), STAGES)}")
+    stages = list(stages)
+    for stage in stages:
+        if stage not in STAGES:
+            raise SuiteError(unknown("stage", stage, STAGES))
+        if stage not in (own := content.get("stages", STAGES)):
+            raise SuiteError(f"suite '{path.stem}' has no stage '{stage}', it has {', '.join(own)}")
     names = [arm["name"] for arm in arms] + [problem.arm for problem in problems]
     if len(set(names)) < len(names):
         raise SuiteError(f"{path}: two arms have one name; it has {names}")

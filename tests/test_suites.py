@@ -226,8 +226,10 @@ def test_stages_are_chosen_by_hand_and_some_are_for_the_first_seed_alone(tmp_pat
         ("a", 1): ("train",),
         ("b", 1): ("train",),
     }
-    with pytest.raises(SuiteError, match="Did you mean 'profile'"):
+    with pytest.raises(SuiteError, match=r"^no stage 'profil'\. Did you mean 'profile'"):
         read_suite(path, stages=["profil"])
+    with pytest.raises(SuiteError, match="suite 'lead' has no stage 'profile', it has retrofit, train"):
+        read_suite(find_suite("lead"), stages=["profile"])
 
 
 TAUGHT = """
