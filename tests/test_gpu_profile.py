@@ -155,12 +155,12 @@ def test_what_does_not_fit_is_predicted_and_tried(tiny_llama: Any) -> None:
     assert too_large(free // 2, CUDA) == ""
     assert f"free of {there / 2**30:.1f} GiB" in too_large(2 * there, CUDA)
     model = tiny_llama(vocab_size=997, dtype=torch.bfloat16, max_position_embeddings=4096).to(CUDA)
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(CUDA) + 256 * MIB) / there, CUDA)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(CUDA) + 256 * MIB) / there)
     try:
         settings = ProfileSettings(1, 32, batches=(1, 512), lengths=(32, 2048), new_tokens=8, repeats=2)
         (metrics,) = measure_inference([model], settings, Rig.at(CUDA, 2))
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+        torch.cuda.set_per_process_memory_fraction(1.0)
     found = named(metrics)
     assert (found["prefill_seconds"].value or 0) > 0
     assert (found["prefill_seconds/512x2048"].value, found["prefill_seconds/512x2048"].note) == (None, "out of memory")
