@@ -17,6 +17,7 @@ ORDER = [
     "files",
     "hub",
     "progress",
+    "sharing",
     "interrupts",
     "kan.bases",
     "kan.kernels",

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from kallm_bench.budget import Budget, try_run
 from kallm_bench.engine.checkpoints import describe_checkpoint
-from kallm_bench.engine.data import data_of, rows_of
+from kallm_bench.engine.data import data_of, fingerprint_of, rows_of, tokenizer_of
 from kallm_bench.engine.lessons import NO_LESSONS, Lessons
 from kallm_bench.errors import TrainingError
 from kallm_bench.files import cache_folder, sha256
 from kallm_bench.filing import Bench, ModelRef, Stage
-from kallm_bench.models import load_model, load_tokenizer, load_weights, save_checkpoint
+from kallm_bench.models import load_model, load_weights, save_checkpoint
 from kallm_bench.profiling import describe_run, heldout_curve, peak_memory, surrounded
 from kallm_bench.progress import Log, nowhere
 from kallm_bench.records import Metric, RunRecord
@@ -39,7 +39,6 @@ from kallm_bench.training import (
     merge,
     parameters_in,
     put_head,
-    tokenizer_fingerprint,
     tracking,
     train,
     write_head,
@@ -70,8 +69,8 @@ def train_model(
     with processes.in_turn():
         data, heldout = data_of(settings)
     bench.watch("loading the model", 0, 1)
-    tokenizer = load_tokenizer(ref.open())
-    described = settings.described() | bench.place | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    tokenizer = tokenizer_of(ref.open(), bench.shared)
+    described = settings.described() | bench.place | {"tokenizer": fingerprint_of(tokenizer, bench.shared)}
     described |= {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
     lessons = (lessons if settings.steps else NO_LESSONS).of(ref)
     lessons.check(settings)
@@ -128,7 +127,7 @@ def _train(
     with processes.in_turn():
         if settings.steps:  # refused before the data is packed
             parameters_in(model, settings.scope, settings.tail_from, settings.lora)
-        rows, kept = rows_of(settings, tokenizer, packing)
+        rows, kept = rows_of(settings, tokenizer, packing, bench.shared)
     own_head = _ready(model, rows, settings, ref)
     looking: AbstractContextManager[list[str]] = nullcontext([])
     if processes.count == 1:  # else what seems another's is this run's own
@@ -226,7 +225,7 @@ def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings) -> Budget
     def packing(done: int, total: int) -> None:
         bench.watch("packing conversations", done, total)
 
-    rows, kept = rows_of(settings, tokenizer, packing)
+    rows, kept = rows_of(settings, tokenizer, packing, bench.shared)
     _ready(model, rows, settings, ref)
     return try_run(model, rows, kept, settings, ways_of(bench, settings) | {"cache": None}, bench.watch)
 
