@@ -42,26 +42,42 @@ def show_report(
 
     kallm report --suite quickstart --format html --out report.html
     """
+    from kallm_bench.records.store import collector_paused
+
+    fmt = _format("json" if as_json and fmt is None else fmt, out)
+    with collector_paused():  # to the end: a process that is about to go need not tidy up
+        if not _report(fmt, suite, testbed, reference, check or (), out, results):
+            raise typer.Exit(1)
+
+
+def _report(
+    fmt: str,
+    suite: str | None,
+    testbed: str | None,
+    reference: str | None,
+    conditions: Sequence[str],
+    out: Path | None,
+    results: Path,
+) -> bool:
+    """Shows or writes the report; whether all conditions hold."""
     from kallm_bench.errors import RecordError
     from kallm_bench.files import cache_folder
     from kallm_bench.records import ResultsStore
     from kallm_bench.reporting import Memory, build_tables
     from kallm_bench.reporting.check import check as ask
 
-    fmt = _format("json" if as_json and fmt is None else fmt, out)
     store, memory = ResultsStore(results), Memory(cache_folder())
     tables = build_tables(store, suite, testbed, reference=reference, memory=memory)
     memory.keep()
     tell_damaged(store)
     if not tables:
         raise RecordError(_nothing_to_report(store, suite, testbed))
-    outcomes = [(text, outcome) for text in check or () for outcome in ask(text, tables)]
-    if not (check and fmt == "screen"):
+    outcomes = [(text, outcome) for text in conditions for outcome in ask(text, tables)]
+    if not (conditions and fmt == "screen"):
         _give(fmt, tables, store, out)
     for text, outcome in outcomes:
         console.tell(f"{'holds' if outcome.holds else 'fails'}: {text}: {outcome.where}: {outcome.values}")
-    if not all(outcome.holds for _, outcome in outcomes):
-        raise typer.Exit(1)
+    return all(outcome.holds for _, outcome in outcomes)
 
 
 def _format(fmt: str | None, out: Path | None) -> str:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import special
 
-from kallm_bench.records.statistics import Interval, resampled
+from kallm_bench.records.bootstrap import resampled
+from kallm_bench.records.statistics import Interval
 
 Answers = Mapping[str, np.ndarray]
 """Task -> (seeds, questions) of 0 and 1. Of two arms compared, the same questions stand at the same places."""
@@ -66,32 +68,32 @@ class Comparison:
         return ALIKE if self.equivalent else UNCLEAR
 
 
-def compare(ours: Answers, theirs: Answers, replicates: int = 4_000, seed: int = 0) -> Comparison:
+def compare(ours: Answers, theirs: Answers) -> Comparison:
     """Sets one arm beside another on the same questions.
 
     Args:
         ours, theirs: with the same tasks and as many questions in each; the numbers of seeds may differ.
-        replicates: draws of the bootstrap; `seed` makes them the same each time.
 
     Source:
         Schuirmann 1987 for two one-sided tests; Miller 2024, arXiv:2411.00640, for paired and clustered evaluations.
     """
     tasks = sorted(ours)
     assert tasks == sorted(theirs), "the arms were asked different tasks"
-    apart = [_mean(ours[task]) - _mean(theirs[task]) for task in tasks]
-    draws = resampled(apart, (-1.0, 1.0), 1.0 / len(tasks), replicates, np.random.default_rng(seed))
-    low, least, most, high = np.quantile(draws, [0.025, 0.05, 0.95, 0.975])
-    p_values = holm({task: sign_flip(ours[task], theirs[task]) for task in tasks})
+    ends = np.cumsum([ours[task].shape[1] for task in tasks])[:-1]
+    mine, others = (np.concatenate([each[task] for task in tasks], axis=1) for each in (ours, theirs))
+    apart = np.split(mine.mean(axis=0) - others.mean(axis=0), ends)
+    means = [float(each.sum()) / len(each) for each in apart]
+    spread = resampled(apart, (0.025, 0.05, 0.95, 0.975), (-1.0, 1.0), 1.0 / len(tasks))
+    low, least, most, high = spread.quantiles
+    flips = np.split(_whole(mine, others), ends)
+    p_values = holm({task: _sign_flip(each) for task, each in zip(tasks, flips, strict=True)})
     return Comparison(
-        difference=float(np.mean([each.mean() for each in apart])),
-        interval=(max(float(low), -1.0), min(float(high), 1.0)),
-        detectable=float((special.ndtri(0.975) + special.ndtri(POWER)) * draws.std()),
-        equivalent=bool(least > -MARGIN and most < MARGIN),
-        mcnemar=tuple(
-            mcnemar(_seed(ours, mine), _seed(theirs, other))
-            for mine, other in _pairs(len(ours[tasks[0]]), len(theirs[tasks[0]]))
-        ),
-        tasks={task: TaskDifference(float(d.mean()), p_values[task]) for task, d in zip(tasks, apart, strict=True)},
+        difference=math.fsum(means) / len(means),
+        interval=(max(low, -1.0), min(high, 1.0)),
+        detectable=float((special.ndtri(0.975) + special.ndtri(POWER)) * spread.deviation),
+        equivalent=least > -MARGIN and most < MARGIN,
+        mcnemar=tuple(mcnemar(mine[our], others[their]) for our, their in _pairs(len(mine), len(others))),
+        tasks={task: TaskDifference(mean, p_values[task]) for task, mean in zip(tasks, means, strict=True)},
     )
 
 
@@ -111,17 +113,15 @@ def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
 @functools.cache
 def _binomial_test(successes: int, trials: int) -> float:
     """Two-sided, of one half."""
-    from scipy import stats  # takes half a second to import, which reports that compare nothing need not wait for
-
-    return float(stats.binomtest(successes, trials).pvalue)
+    return min(1.0, 2 * float(special.bdtr(min(successes, trials - successes), trials, 0.5)))
 
 
 @functools.cache
 def _halves(trials: int) -> np.ndarray:
     """The chance of each number of successes, 0 to `trials`, at one half each."""
-    from scipy import stats
-
-    chances: np.ndarray = stats.binom.pmf(np.arange(trials + 1), trials, 0.5)
+    successes = np.arange(trials + 1)
+    ways = special.gammaln(trials + 1) - special.gammaln(successes + 1) - special.gammaln(trials - successes + 1)
+    chances: np.ndarray = np.exp(ways - trials * math.log(2))
     chances.setflags(write=False)
     return chances
 
@@ -138,13 +138,28 @@ def sign_flip(ours: np.ndarray, theirs: np.ndarray) -> float:
     Source:
         Fisher 1935, "The Design of Experiments", §21.
     """
-    whole = ours.astype(int).sum(axis=0) * len(theirs) - theirs.astype(int).sum(axis=0) * len(ours)  # (questions,)
+    return _sign_flip(_whole(ours, theirs))
+
+
+def _whole(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """(questions,): how far apart the arms are on each, in whole numbers."""
+    whole: np.ndarray = ours.sum(axis=0, dtype=int) * len(theirs) - theirs.sum(axis=0, dtype=int) * len(ours)
+    return whole
+
+
+def _sign_flip(whole: np.ndarray) -> float:
+    counts = np.bincount(np.abs(whole))
+    return _flip_test(int(whole[whole > 0].sum()), tuple((int(n), int(counts[n])) for n in np.flatnonzero(counts) if n))
+
+
+@functools.lru_cache(maxsize=100_000)
+def _flip_test(positive: int, sizes: tuple[tuple[int, int], ...]) -> float:
+    """Two-sided, of a sum of positive sizes; of (size, how many have it)."""
     chances = np.ones(1)  # of the sum of the sizes whose sign is positive
-    for size, count in zip(*np.unique(np.abs(whole[whole != 0]), return_counts=True), strict=True):
+    for size, count in sizes:
         spaced = np.zeros(size * count + 1)
-        spaced[::size] = _halves(int(count))
+        spaced[::size] = _halves(count)
         chances = np.convolve(chances, spaced)
-    positive = int(whole[whole > 0].sum())
     extreme = max(positive, len(chances) - 1 - positive)
     return min(1.0, 2 * float(chances[extreme:].sum()))
 
@@ -158,17 +173,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     ordered = sorted(p_values, key=lambda name: p_values[name])
     scaled = [min(1.0, p_values[name] * (len(ordered) - rank)) for rank, name in enumerate(ordered)]
     return dict(zip(ordered, itertools.accumulate(scaled, max), strict=True))
-
-
-def _mean(answers: np.ndarray) -> np.ndarray:
-    """(seeds, questions) -> (questions,)"""
-    mean: np.ndarray = np.asarray(answers, dtype=float).mean(axis=0)
-    return mean
-
-
-def _seed(answers: Answers, number: int) -> np.ndarray:
-    """One seed's answers to all questions, task by task."""
-    return np.concatenate([answers[task][number] for task in sorted(answers)])
 
 
 def _pairs(ours: int, theirs: int) -> Sequence[tuple[int, int]]:

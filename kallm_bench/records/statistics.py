@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import special
+
+from kallm_bench.records.bootstrap import resampled
 
 Interval = tuple[float, float]
 
@@ -15,10 +18,16 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval | No
     """Student's t-interval of the mean over seeds; None for fewer than two values, which say nothing of spread."""
     if len(values) < 2:
         return None
-    standard_error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    half = standard_error * float(special.stdtrit(len(values) - 1, (1 + level) / 2))
-    mean = float(np.mean(values))
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    half = math.sqrt(variance / len(values)) * _students(len(values) - 1, (1 + level) / 2)
     return mean - half, mean + half
+
+
+@functools.cache
+def _students(freedom: int, level: float) -> float:
+    """A quantile of Student's t."""
+    return float(special.stdtrit(freedom, level))
 
 
 def difference_interval(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval | None:
@@ -40,26 +49,20 @@ def difference_interval(ours: Mapping[int, float], theirs: Mapping[int, float]) 
     return float(found.low), float(found.high)
 
 
-def accuracy_interval(
-    correct: Mapping[str, np.ndarray], level: float = 0.95, replicates: int = 4_000, seed: int = 0
-) -> Interval:
+def accuracy_interval(correct: Mapping[str, np.ndarray], level: float = 0.95) -> Interval:
     """Interval of the plain mean over tasks, by the bootstrap over the questions of each task.
 
     Half a right and half a wrong answer join each task: see `resampled`.
 
     Args:
         correct: task -> (seeds, questions) of 0 and 1, or of shares.
-        replicates: how many draws; `seed` makes them the same each time.
     """
     shares = [np.atleast_2d(np.asarray(correct[task], dtype=float)).mean(axis=0) for task in sorted(correct)]
-    draws = resampled(shares, (0.0, 1.0), 1.0, replicates, np.random.default_rng(seed))
-    low, high = np.quantile(np.clip(draws, 0, 1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    low, high = resampled(shares, _tails(level), (0.0, 1.0), 1.0).quantiles
+    return max(low, 0.0), min(high, 1.0)
 
 
-def mean_over_questions(
-    values: Mapping[str, np.ndarray], level: float = 0.95, replicates: int = 2_000, seed: int = 0
-) -> tuple[float, Interval | None]:
+def mean_over_questions(values: Mapping[str, np.ndarray], level: float = 0.95) -> tuple[float, Interval | None]:
     """The plain mean over tasks of what questions are worth, which may be anything, and its interval.
 
     By the same bootstrap as `accuracy_interval`, without its prior: what has no ends has nothing that could join it.
@@ -74,40 +77,10 @@ def mean_over_questions(
     mean = float(np.mean([each.mean() for each in means]))
     if min(map(len, means)) < 2:
         return mean, None
-    draws = resampled(means, (), 0.0, replicates, np.random.default_rng(seed))
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return mean, (float(low), float(high))
+    low, high = resampled(means, _tails(level)).quantiles
+    return mean, (low, high)
 
 
-def resampled(
-    tasks: Sequence[np.ndarray],
-    ends: Sequence[float],
-    prior: float,
-    replicates: int,
-    generator: np.random.Generator,
-) -> np.ndarray:
-    """Draws of the plain mean over tasks of the mean over their questions, by the Bayesian bootstrap over questions.
-
-    `prior` observations, half of them at either end of what a question can be worth, join each task, so that one with
-    nothing right is not taken for one where nothing can ever be right, as resampling alone would have it. They widen
-    the draws and do not move them. A question answered by several seeds is one observation, the mean over its seeds:
-    seeds are no new questions.
-
-    Args:
-        tasks: (questions,) each.
-        ends: the least and the most that a question can be worth; none where there is no end, and `prior` is 0.
-
-    Returns:
-        (replicates,)
-
-    Source:
-        Rubin 1981, "The Bayesian Bootstrap", Annals of Statistics 9.
-    """
-    total = np.zeros(replicates)
-    for shares in tasks:
-        values, counts = np.unique(np.concatenate([shares, ends]), return_counts=True)
-        counts = counts - (1 - prior / 2) * sum(values == end for end in ends)
-        weight, n = counts.sum(), len(shares)
-        noise = generator.dirichlet(counts, size=replicates) @ values - counts @ values / weight
-        total += shares.mean() + noise * np.sqrt((weight + 1) / max(n - 1, 1))  # the variance of a mean, without bias
-    return total / len(tasks)
+def _tails(level: float) -> Interval:
+    """The levels of an interval's ends."""
+    return (1 - level) / 2, (1 + level) / 2

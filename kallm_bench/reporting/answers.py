@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +43,8 @@ class AnswerBook:
         self._store = store
         self._memory = memory
         self._read = functools.cache(self._answers_of)
+        self._joined = functools.cache(self._answers_together)
+        self._file_key = functools.cache(lambda record_id: file_key(store.samples_path(self._of_id[record_id])))
         self._of_id: dict[str, RunRecord] = {}
 
     def interval(self, records: Sequence[RunRecord], metric: str = RIGHT) -> Interval | None:
@@ -84,39 +85,54 @@ class AnswerBook:
             mine, other = self._by_task(ours), self._by_task(theirs)
             if not mine or not other or mine[0] != other[0]:
                 return None
-            return dataclasses.asdict(compare(mine[1], other[1]))
+            found = compare(mine[1], other[1])
+            return vars(found) | {"tasks": {name: vars(each) for name, each in found.tasks.items()}}
 
         known = self._memory.get(self._key("comparison", ours, theirs), compute)
         return _comparison(known) if known else None
 
     def _key(self, what: str, *arms: Sequence[RunRecord]) -> str:
-        files = [[file_key(self._store.samples_path(record)) for record in arm] for arm in arms]
-        return json.dumps([what, *files])
+        return json.dumps([what, *([self._file_key(each) for each in self._ids(arm)] for arm in arms)])
+
+    def _ids(self, records: Sequence[RunRecord]) -> tuple[str, ...]:
+        """By these they are known here."""
+        self._of_id.update({record.id: record for record in records})
+        return tuple(record.id for record in records)
 
     def _by_task(
         self, records: Sequence[RunRecord], metric: str = RIGHT
     ) -> tuple[Questions, dict[str, np.ndarray]] | None:
         """The questions worth something, and task -> (seeds, questions) of that; of seeds that have answers."""
-        self._of_id.update({record.id: record for record in records})
-        answers = [each for record in records if (each := self._read(record.id).get(metric))]
-        if not answers or any(each.keys() != answers[0].keys() for each in answers):
-            return None
-        questions = tuple(sorted(answers[0]))
-        tasks: dict[str, np.ndarray] = {}
-        for task, group in itertools.groupby(questions, key=lambda question: question[0]):
-            asked = list(group)
-            tasks[task] = np.array([[each[question] for question in asked] for each in answers])
-        return questions, tasks
+        return self._joined(self._ids(records), metric)
 
-    def _answers_of(self, record_id: str) -> dict[str, dict[tuple[str, int], float]]:
-        """Metric -> (task, index) -> what it is worth, where that is something; empty where answers are not there."""
-        samples = self._store.samples(self._of_id[record_id])
-        if not samples or any(not {"task", "index", "correct"} <= set(sample) for sample in samples):
+    def _answers_together(self, ids: Sequence[str], metric: str) -> tuple[Questions, dict[str, np.ndarray]] | None:
+        answers = [found for record_id in ids if (found := self._read(record_id).get(metric))]
+        if not answers or any(questions != answers[0][0] for questions, _ in answers):
+            return None
+        questions = answers[0][0]
+        of_task = Counter(task for task, _ in questions)  # in order, as the questions are
+        worth = np.stack([values for _, values in answers])  # (seeds, questions)
+        ends = np.cumsum(list(of_task.values()))[:-1]
+        return questions, dict(zip(of_task, np.split(worth, ends, axis=1), strict=True))
+
+    def _answers_of(self, record_id: str) -> dict[str, tuple[Questions, np.ndarray]]:
+        """Metric -> the questions that are worth something in it, and what; empty where answers are not there."""
+        record = self._of_id[record_id]
+        samples = self._store.samples(record)
+        told = {metric: of for metric, of in WORTH.items() if metric == RIGHT or record.value(metric) is not None}
+        try:
+            samples.sort(key=lambda sample: (sample["task"], sample["index"]))
+            questions = [(sample["task"], sample["index"]) for sample in samples]
+            worth = {metric: [of(sample) for sample in samples] for metric, of in told.items()}
+        except (KeyError, TypeError):
             return {}
-        return {
-            metric: {(each["task"], each["index"]): value for each in samples if (value := worth(each)) is not None}
-            for metric, worth in WORTH.items()
-        }
+        found = {}
+        for metric, values in worth.items():
+            there = [each for each in zip(questions, values, strict=True) if each[1] is not None]
+            if there:
+                asked, known = zip(*there, strict=True)
+                found[metric] = asked, np.array(known)
+        return found
 
 
 def _comparison(known: dict[str, Any]) -> Comparison:

@@ -45,23 +45,19 @@ def build_tables(
     Raises:
         RecordError: no table has an arm called `reference`.
     """
-    groups: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
-    known = {record.id: record for record in store.records()}
-    for record in known.values():
-        if suite in (None, record.suite) and testbed in (None, record.testbed) and stands(record):
-            groups[record.testbed, record.suite].append(record)
-    failed: dict[tuple[str, str], list[Ending]] = defaultdict(list)
-    for failure in standing_failures(store.endings(suite, testbed), known.values()):
-        if stands(failure):
-            failed[failure.testbed, failure.suite].append(failure)
-    memory = memory or Memory()
-    book = AnswerBook(store, memory)
     with collector_paused():
-        with memory.ahead() as missing:
-            tables = _tables(store, groups, failed, known, reference, book)
-        if missing:  # and is there now
-            tables = _tables(store, groups, failed, known, reference, book)
-    store.damaged = sorted(set(store.damaged))  # threads find what is damaged in any order, some of it twice
+        groups: dict[tuple[str, str], list[RunRecord]] = defaultdict(list)
+        known = {record.id: record for record in store.records()}
+        for record in known.values():
+            if suite in (None, record.suite) and testbed in (None, record.testbed) and stands(record):
+                groups[record.testbed, record.suite].append(record)
+        failed: dict[tuple[str, str], list[Ending]] = defaultdict(list)
+        for failure in standing_failures(store.endings(suite, testbed), known.values()):
+            if stands(failure):
+                failed[failure.testbed, failure.suite].append(failure)
+        book = AnswerBook(store, memory or Memory())
+        tables = _tables(store, groups, failed, known, reference, book)
+    store.damaged.sort()
     if reference is not None and not any(table.kind == "differences" and table.rows for table in tables):
         names = {row.name for table in tables if table.kind == "arms" for row in table.rows if row.seeds}
         for row in (row for table in tables if table.kind == "failures" for row in table.rows):
