@@ -55,13 +55,15 @@ def run(
     """
     from kallm_bench import engine
     from kallm_bench.budget import Room
+    from kallm_bench.profiling import find_device
     from kallm_bench.suites import find_suite, read_suite
 
     arms = read_names(only, "--only") if only else []
     named_stages = read_names(stages, "--stages") if stages else []
     read = read_suite(
-        find_suite(suite), arms, read_numbers(seeds) if seeds else None, model, data, heldout, named_stages
-    )
+        find_suite(suite), arms, read_numbers(seeds) if seeds else None, model, data, heldout, named_stages,
+        find_device(device).type,
+    )  # fmt: skip
     if dtype != "auto" and any(cell.dtype for cell in read.cells):
         raise typer.BadParameter("this suite says itself what its arms compute in", param_hint="--dtype")
     if dry_run:
