@@ -34,6 +34,7 @@ ORDER = [
     "filing",
     "reporting",
     "forecast",
+    "footprint",
     "budget",
     "engine",
     "fetch",

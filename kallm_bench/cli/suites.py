@@ -67,7 +67,9 @@ def run(
     if dtype != "auto" and any(cell.dtype for cell in read.cells):
         raise typer.BadParameter("this suite says itself what its arms compute in", param_hint="--dtype")
     if dry_run:
-        bench = make_bench(results, console.Display(silent=True), device, dtype, batch_size, dry=True)
+        bench = make_bench(
+            results, console.Display(silent=True), device, dtype, batch_size, prefix_cache=prefix_cache, dry=True
+        )
         console.show_cells(engine.foresee_suite(bench, read), Room.of(bench.device, bench.runs), as_json)
         return
     other = {"--model": model, "--data": data, "--heldout": heldout}
