@@ -35,6 +35,7 @@ ORDER = [
     "filing",
     "reporting",
     "forecast",
+    "footprint",
     "budget",
     "engine",
     "fetch",

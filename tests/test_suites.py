@@ -21,15 +21,16 @@ from kallm_bench.filing import Bench, find_ref
 from kallm_bench.models import KANSpec, complete_spec, load_model, parameters_of, retrofit, save_checkpoint
 from kallm_bench.records import ResultsStore
 from kallm_bench.reporting import Row, build_tables
-from kallm_bench.suites import find_suite, read_suite
+from kallm_bench.suites import DEVICES, find_suite, read_suite
 from kallm_bench.training import CurriculumSettings, DistillationSettings, parameters_in
 
 SHIPPED = sorted((Path(__file__).parent.parent / "suites").glob("*.toml"))
 
 
+@pytest.mark.parametrize("device", ["", *DEVICES])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_suite_reads(path: Path) -> None:
-    suite = read_suite(path)
+def test_every_shipped_suite_reads(path: Path, device: str) -> None:
+    suite = read_suite(path, device=device)
     assert suite.name == path.stem
     assert suite.description
     assert find_suite(path.stem) == path
@@ -68,6 +69,22 @@ def test_questions_can_be_asked_by_several_protocols(tmp_path: Path) -> None:
     first, second = read_suite(path).cells
     assert [(each.protocol, each.limit) for each in first.evals] == [("chat", 3), ("leaderboard", 3)]
     assert [(each.protocol, each.limit) for each in second.evals] == [("zeroshot", 3)]
+
+
+def test_sizes_may_be_those_of_a_device(tmp_path: Path) -> None:
+    path = tmp_path / "try.toml"
+    path.write_text(
+        "[profile]\nbatch = 32\nlength = 512\ncpu = {batch = 2, repeats = 3}\n"
+        '[[arm]]\nname = "a"\n[[arm]]\nname = "b"\nprofile.batch = 8\nprofile.cuda.length = 64\n'
+    )
+    sizes = {
+        device: [(each.profile.batch, each.profile.length, each.profile.repeats) for each in suite.cells]
+        for device in ("", *DEVICES)
+        for suite in [read_suite(path, device=device)]
+    }
+    assert sizes == {
+        "": [(32, 512, 5), (8, 512, 5)], "cpu": [(2, 512, 3), (8, 512, 3)], "cuda": [(32, 512, 5), (8, 64, 5)]
+    }  # fmt: skip
 
 
 def test_model_and_data_are_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +131,8 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('[[arm]]\nname = "a/b"\n', "'name' of letters"),
         ('[[arm]]\nname = "a"\nbasis = 3\nblocks = "1"\n', "basis must be text"),
         ('[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = 3\n', "blocks must be text"),
+        ('[[arm]]\nname = "a"\nprofile.cpu = 3\n', "cpu should be like"),
+        ('[[arm]]\nname = "a"\nprofile.cpu.batsch = 3\n', "Did you mean 'batch'"),
         ('seeds = 3\n[[arm]]\nname = "a"\n', "seeds should be like"),
         ('seeds = ["x"]\n[[arm]]\nname = "a"\n', "whole numbers"),
         ("arm = 3\n", "arm should be like"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from kallm_bench.training import (
     CLASSIFIER,
     DataSource,
     DataTable,
+    DistillationSettings,
     LabelledRows,
     Rows,
     Teacher,
@@ -120,9 +122,7 @@ def _train(
     model = load("cpu" if bench.sharded else bench.device)
     base = load(model.device, lessons.base) if lessons.base else None
     curriculum = make_curriculum(model, lessons.curriculum, settings, base)
-    teaching = (
-        functools.partial(Teacher, base=base, settings=lessons.distillation) if lessons.distillation.active else None
-    )
+    teaching = _teaching(lessons.distillation, base)
     del base  # a curriculum keeps of it what stood where something was put
     with processes.in_turn():
         if settings.steps:  # refused before the data is packed
@@ -208,8 +208,11 @@ def _ready(model: PreTrainedModel, rows: Rows, settings: TrainSettings, ref: Mod
     return put_head(model, rows.names, settings.seed, folder)
 
 
-def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings) -> Budget:
+def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings, lessons: Lessons = NO_LESSONS) -> Budget:
     """What training a checkpoint would take here, from a few steps of it. Only the cache of tokenised data is written.
+
+    Args:
+        lessons: whose distillation is tried too, and whose curriculum, of which each step is another, is not.
 
     Raises:
         TrainingError: several processes; what training itself would refuse.
@@ -217,6 +220,8 @@ def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings) -> Budget
     if bench.processes.count > 1:
         raise TrainingError("--dry-run measures on one process; start it without torchrun")
     data_of(settings)
+    lessons = (lessons if settings.steps else NO_LESSONS).of(ref)
+    lessons.check(settings)
     bench.watch("loading the model", 0, 1)
     model, tokenizer = load_model(ref.open(), torch.float32, bench.device)
     if settings.steps:  # refused before the data is packed
@@ -227,7 +232,17 @@ def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings) -> Budget
 
     rows, kept = rows_of(settings, tokenizer, packing, bench.shared)
     _ready(model, rows, settings, ref)
-    return try_run(model, rows, kept, settings, ways_of(bench, settings) | {"cache": None}, bench.watch)
+    base = load_weights(lessons.base.open(), torch.float32, bench.device) if lessons.base else None
+    return try_run(
+        model, rows, kept, settings, ways_of(bench, settings), bench.watch, _teaching(lessons.distillation, base)
+    )
+
+
+def _teaching(
+    settings: DistillationSettings, base: PreTrainedModel | None
+) -> Callable[[PreTrainedModel], Teacher] | None:
+    """What makes the teacher of a model, where it is to have one."""
+    return functools.partial(Teacher, base=base, settings=settings) if settings.active else None
 
 
 def ways_of(bench: Bench, settings: TrainSettings) -> dict[str, Any]:
