@@ -192,3 +192,4 @@ def test_differences_of_losses_are_paired_where_seeds_are_the_same() -> None:
     welch = stats.ttest_ind(list(ours.values()), list(others.values()), equal_var=False).confidence_interval()
     assert difference_interval(ours, others) == pytest.approx((welch.low, welch.high))
     assert difference_interval(ours, {0: 2.0}) is None
+    assert difference_interval({0: 2.0, 1: 2.0}, {0: 1.5, 2: 1.5}) == (0.5, 0.5)

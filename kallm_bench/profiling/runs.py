@@ -20,6 +20,8 @@ from kallm_bench.training import Processes, Rows, TrainResult, TrainSettings
 SAMPLES = 100
 """Of more steps than that, every second one's speed is kept, or every third ..."""
 
+NO_CACHE = "nothing of frozen blocks is kept: without --prefix-cache, or with all of the model learning"
+
 BEARING_ROWS = 512
 """How much of the head's work bears loss is counted on so many rows, evenly spread."""
 
@@ -59,11 +61,18 @@ def describe_run(
         mfu = flops * speed / (most * processes.count)
     return [
         Metric("train_tokens_per_second", speed, n=len(speeds), samples=_thinned(speeds), note=note),
+        _prefix_share(settings, result),
         Metric("train_seconds", result.seconds),
         Metric("train_flops_per_token", flops),
         Metric("bearing_share", bearing, n=len(numbers) * settings.row_length),
         Metric("train_mfu", mfu, n=len(speeds), note=why),
     ]
+
+
+def _prefix_share(settings: TrainSettings, result: TrainResult) -> Metric:
+    """What a speed depends on as much as on the model: what frozen blocks give may be computed, or read."""
+    share, rows = result.prefix_cache_share, len(result.step_seconds) * settings.rows_per_step
+    return Metric("prefix_cache_share", share, n=rows, note=NO_CACHE if share is None else "")
 
 
 def heldout_curve(settings: TrainSettings, result: TrainResult) -> list[Metric]:

@@ -69,6 +69,9 @@ METRICS: dict[str, MetricKind] = {
     "train_tokens_per_second": MetricKind(
         "tokens/s", "higher", "forward, backward and optimiser, by the median step; of a profile at its own batch"
     ),
+    "prefix_cache_share": MetricKind(
+        "fraction", "", "of the rows trained on, those whose way through frozen blocks was read; null without a cache"
+    ),
     "train_to_plain": MetricKind("times", "higher", "train_tokens_per_second over the plain loop's"),
     "train_seconds": MetricKind("s", "lower", "all steps, held-out losses and saved states of a training run"),
     "train_flops_per_token": MetricKind(

@@ -18,6 +18,7 @@ from kallm_bench.reporting.answers import LIKELIHOOD, AnswerBook
 from kallm_bench.reporting.arms import Arm
 from kallm_bench.reporting.controls import Controls, is_kan, is_linear, matched, started_alike
 from kallm_bench.reporting.curves import has_curve, measured, tokens_to_loss
+from kallm_bench.reporting.prefixes import SPEED, UNKNOWN, alike, timed, way_of
 from kallm_bench.reporting.rows import ACCURACIES, figure_of
 from kallm_bench.reporting.table import Figure, Row, Table
 
@@ -162,7 +163,7 @@ def _loss_difference(arm: Arm, other: Arm, metric: str) -> Figure | None:
 
 def _ratio(book: AnswerBook, arm: Arm, other: Arm, stage: str, metric: str) -> Figure | None:
     """How many times the reference's figure; None where one of them lacks it, or it was measured in another way."""
-    mine, theirs = arm.stages.get(stage, []), other.stages.get(stage, [])
+    mine, theirs = _runs(arm, other, stage, metric)
     top, bottom = figure_of(book, mine, metric), figure_of(book, theirs, metric)
     if top is None or bottom is None or not bottom.value or not _same_settings(arm, other, stage, metric):
         return None
@@ -176,6 +177,12 @@ def _ratio(book: AnswerBook, arm: Arm, other: Arm, stage: str, metric: str) -> F
         least, most = top.interval[0] / bottom.interval[1], top.interval[1] / bottom.interval[0]
         return Figure(top.value / bottom.value, (least, most), over="samples")
     return Figure(top.value / bottom.value)
+
+
+def _runs(arm: Arm, other: Arm, stage: str, metric: str) -> tuple[Sequence[RunRecord], Sequence[RunRecord]]:
+    """The records of a stage; of a training run's speed those that can be set beside each other."""
+    mine, theirs = arm.stages.get(stage, []), other.stages.get(stage, [])
+    return alike(timed(mine), timed(theirs)) if (stage, metric) == ("train", SPEED) else (mine, theirs)
 
 
 def _same_heldout(arm: Arm, other: Arm) -> bool:
@@ -253,11 +260,39 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
     unequal = [f"'{arm.label}' and '{other.label}'" for arm, other in pairs if not _same_questions(arm, other)]
     if unequal:
         yield f"No accuracy difference where the questions, or how they were asked, differ: {'; '.join(unequal)}."
+    yield from _speed_notes(pairs)
     linear = [(arm, other) for arm, other in pairs if is_kan(arm) and is_linear(other)]
     for what, equal in (("size", matched), ("start", started_alike)):
         others = dict.fromkeys(f"'{arm.name}' beside '{other.name}'" for arm, other in linear if not equal(arm, other))
         if others:
             yield f"Not of equal {what}: {'; '.join(others)}."
+
+
+def _speed_notes(pairs: Sequence[tuple[Arm, Arm]]) -> Iterable[str]:
+    """Of which arms no training speeds were compared, or not of all seeds, since what they did was not the same."""
+    apart, partly, unknown = [], [], []
+    for arm, other in pairs:
+        all_runs = [timed(each.stages.get("train", [])) for each in (arm, other)]
+        if not all(all_runs):
+            continue
+        left = alike(*all_runs)
+        said = f"'{arm.label}' and '{other.label}'"
+        if not left[0]:
+            apart.append(said)
+        elif way_of(left[0][0]) == UNKNOWN:
+            unknown.append(said)
+        elif any(len(each) < len(every) for each, every in zip(left, all_runs, strict=True)):
+            partly.append(said)
+    why = "for one computed what frozen blocks give where the other read it, or did not note it"
+    if apart:
+        yield f"No ratio of training runs' speeds of {'; '.join(dict.fromkeys(apart))}, {why}."
+    if partly:
+        yield f"× training speed by some of the seeds, others being unlike: {'; '.join(dict.fromkeys(partly))}."
+    if unknown:
+        yield (
+            "× training speed may be that of a disk: whether what frozen blocks give was computed, or read, which is "
+            f"faster, was not noted of {'; '.join(dict.fromkeys(unknown))}."
+        )
 
 
 def _named_tasks(rows: Sequence[Row]) -> Iterable[str]:

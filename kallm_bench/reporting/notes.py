@@ -10,6 +10,7 @@ from kallm_bench.records import RunRecord, kind_of
 from kallm_bench.reporting.arms import Arm
 from kallm_bench.reporting.chance import EXPLAINED
 from kallm_bench.reporting.controls import missing_controls
+from kallm_bench.reporting.prefixes import prefix_notes
 from kallm_bench.reporting.table import Figure
 
 
@@ -31,6 +32,7 @@ def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], figures: Seq
         yield f"Not in this suite: {'; '.join(missing)}."
     yield from _variant_notes(arms)
     yield from _difference_notes(arms)
+    yield from prefix_notes(arms)
     yield from _measurement_notes(arms)
     yield place(testbed, [record for arm in arms for records in arm.stages.values() for record in records])
     if suite != "manual":

@@ -236,6 +236,11 @@ class Forward:
         for cache in self._caches.values():
             cache.flush()
 
+    def read_share(self, rows: Rows) -> float | None:
+        """What share of the rows asked for so far was read from where they are kept; None where nothing is kept."""
+        cache = self._caches.get(rows.fingerprint)
+        return cache.found / max(cache.asked, 1) if cache else None
+
     def fill(self, batch: Batch) -> None:
         """Has a batch's way to the first learning block kept, for those that come."""
         with self._precision():

@@ -64,6 +64,8 @@ class TrainResult:
         step_seconds: of the steps that this very run did: all, unless it went on from a saved state.
         seconds: of all of it but loading.
         rows_at_once: how many went through the model at once, in the end.
+        prefix_cache_share: of the rows of those very steps, those whose way through frozen blocks was read from the
+            cache; None without one.
     """
 
     losses: tuple[float, ...]
@@ -75,6 +77,7 @@ class TrainResult:
     step_seconds: tuple[float, ...] = field(default=(), compare=False)
     seconds: float = field(default=0.0, compare=False)
     rows_at_once: int = field(default=0, compare=False)
+    prefix_cache_share: float | None = field(default=None, compare=False)
 
 
 def train(
@@ -174,6 +177,7 @@ def train(
             meter.measured(0, state.heldout_before)
         forward.train(True)
         _run(Stepper(forward, rows, settings, state), heldout, curriculum, meter)
+        read = forward.read_share(rows)
         if curriculum:
             curriculum.finish()
         forward.train(False)
@@ -182,7 +186,7 @@ def train(
     count = sum(parameter.numel() for parameter in learning.values())
     return TrainResult(
         tuple(state.losses), state.heldout_before, after, tokens, count, tuple(state.heldout),
-        tuple(meter.seconds), state.seconds, fit.rows,
+        tuple(meter.seconds), state.seconds, fit.rows, read,
     )  # fmt: skip
 
 

@@ -77,6 +77,9 @@ class PrefixCache:
         autocast: what its products are computed in.
         rows, count: of which data, and how many of its rows are needed, from the first one on.
 
+    Attributes:
+        asked, found: how many rows were asked for, and how many of them could be read.
+
     Raises:
         DiskError: too little room for so many rows.
     """
@@ -104,6 +107,7 @@ class PrefixCache:
             self._file = os.open(self.folder / "hidden.bin", os.O_RDWR | os.O_CREAT, 0o644)
         self._there = self._load(len(rows))
         check_room(self.folder, int((~self._there[:count]).sum()) * self._row_bytes)
+        self.asked = self.found = 0
         self._fresh: list[int] = []
         self._worker = ThreadPoolExecutor(1)
         self._writing: list[Future[None]] = []
@@ -115,12 +119,14 @@ class PrefixCache:
 
     def read(self, numbers: Sequence[int]) -> Tensor | None:
         """(B, T, H) of these rows, ready to be sent to a GPU; None where one is not there."""
+        self.asked += len(numbers)
         if not self._there[list(numbers)].all():
             return None
         hidden = torch.empty((len(numbers), *self._shape), dtype=self._dtype, pin_memory=self._pinned)
         for row, number in zip(hidden.view(torch.uint8).numpy().reshape(len(numbers), -1), numbers, strict=True):
             if os.preadv(self._file, [row.data], number * self._row_bytes) < self._row_bytes:
                 return None
+        self.found += len(numbers)
         return hidden
 
     def write(self, numbers: Sequence[int], hidden: Tensor) -> None:
