@@ -20,6 +20,11 @@ class Shared:
     def __init__(self) -> None:
         self._found: dict[str, dict[Hashable, Any]] = {}
 
+    @property
+    def kinds(self) -> set[str]:
+        """Of which there is something."""
+        return set(self._found)
+
     def once(self, kind: str, key: Hashable, find: Callable[[], T], most: int = MOST) -> T:
         """What `find` returned for this key, now or earlier.
 
