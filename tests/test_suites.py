@@ -17,7 +17,7 @@ from kallm_bench.engine import cells
 from kallm_bench.engine.training import train_model
 from kallm_bench.errors import Interrupted, KallmError, ModelError, SuiteError, TrainingError
 from kallm_bench.files import DiskError
-from kallm_bench.filing import Bench, find_ref
+from kallm_bench.filing import Bench, Stage, find_ref
 from kallm_bench.models import KANSpec, complete_spec, load_model, parameters_of, retrofit, save_checkpoint
 from kallm_bench.records import ResultsStore
 from kallm_bench.reporting import Row, build_tables
@@ -360,6 +360,14 @@ def test_arms_compute_in_the_dtypes_they_name(bench: Bench, tmp_path: Path) -> N
     assert [forecast.trouble for forecast in engine.foresee_suite(bench, suite)] == ["", ""]
     over = [cell.dtype for cell in read_suite(_said(tmp_path, "float16"), only=["kan"]).cells]
     assert over == ["float16"]
+
+
+def test_records_of_one_moment_are_read_in_the_order_they_came_in(bench: Bench) -> None:
+    """Work that is only filed again takes no time, and a row is about the newest record."""
+    stages = ["retrofit", "profile", "retrofit"]  # not in the order of the alphabet, in which ids of one second are
+    for stage in stages:
+        Stage(bench, stage, {"spec": {}}).finish([])
+    assert [record.stage for record in bench.store.records()] == stages
 
 
 def _said(folder: Path, dtype: str) -> Path:
