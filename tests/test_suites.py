@@ -90,6 +90,11 @@ def test_model_and_data_are_parameters(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_suite(path, data="some/data").cells[0].train.heldout is None
     with pytest.raises(SuiteError, match="pass --data too"):
         read_suite(path, heldout="some/data")
+    assert one.cut.data is None
+    path.write_text('[cut]\nblocks = 3\ndata = "./a.jsonl"\n[[arm]]\nname = "one"\n')
+    assert read_suite(path).cells[0].cut.data == str(tmp_path / "suites" / "a.jsonl")
+    cut = read_suite(path, data="./x.jsonl").cells[0].cut
+    assert (cut.blocks, cut.data) == (3, str(tmp_path / "x.jsonl"))
 
 
 KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
