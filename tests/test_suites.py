@@ -35,6 +35,7 @@ def test_every_shipped_suite_reads(path: Path) -> None:
     assert find_suite(path.stem) == path
     assert len({(cell.arm, cell.seed) for cell in suite.cells}) == len(suite.cells)
     assert suite.cells or suite.kernels
+    assert f"`{suite.name}`" in (path.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) -> None:
