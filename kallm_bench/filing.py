@@ -244,7 +244,7 @@ class Stage:
             arm=self.arm,
             seed=self.bench.seed,
             testbed=self.bench.testbed,
-            started=self.started.isoformat(timespec="seconds"),
+            started=self.started.isoformat(timespec="microseconds"),
             reused=record.reused or record.id,
         )
         store.write(again, store.samples(record) or None)
@@ -301,7 +301,7 @@ class Stage:
             arm=self.arm,
             seed=self.bench.seed,
             testbed=self.bench.testbed,
-            started=self.started.isoformat(timespec="seconds"),
+            started=self.started.isoformat(timespec="microseconds"),
             seconds=round((datetime.now(UTC) - self.started).total_seconds(), 3),
             parents=tuple(entry["id"] for entry in self._lineage[-1:]),
             settings=self.settings,

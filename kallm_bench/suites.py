@@ -112,8 +112,8 @@ def read_suite(
     Args:
         only: names of the arms to keep; none named keeps all.
         seeds, model: in place of the file's own.
-        data, heldout: in place of the suite's own, in training and in calibration; data without held-out data holds out
-            a part of itself. What an arm names for itself stays.
+        data, heldout: in place of the suite's own, in training, in calibration and in the cut of a vocabulary; data
+            without held-out data holds out a part of itself. What an arm names for itself stays.
         stages: names of the stages to keep; none named keeps all.
         device: one of DEVICES, whose own tables count; where it has none, and for "", all is as for any.
 
@@ -200,6 +200,8 @@ def _replace(content: dict[str, Any], model: str | None, data: str | None, heldo
     for section in ("train", "calibration") if data else ():
         own = {key: value for key, value in content.get(section, {}).items() if key != "heldout"}
         content[section] = own | {"data": _here(str(data))} | ({"heldout": _here(heldout)} if heldout else {})
+    if data and content.get("cut", {}).get("data"):  # whose tokens stay has to be what is learned from
+        content["cut"] = content["cut"] | {"data": _here(data)}
 
 
 def _here(name: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kallm_bench.suites import Cell, Suite
 
-SMALL_MODEL = {"num_hidden_layers": 30, "intermediate_size": 1536}
-"""For tiny_llama: the blocks and hidden units that suites name are those of the bundled model."""
+SMALL_MODEL = {"num_hidden_layers": 30, "intermediate_size": 1536, "max_position_embeddings": 8192}
+"""For tiny_llama: suites name blocks and hidden units of the bundled model, and worked examples are long."""
 
 TURNS = [{"role": "user", "content": "Count"}, {"role": "assistant", "content": "One, two, three, and so on. " * 8}]
 TOPICS = ("the World Cup", "a flood in the north", "rising prices", "a new telescope")
@@ -27,16 +27,16 @@ def write_texts(folder: Path) -> None:
         (folder / f"news-{part}.jsonl").write_text("\n".join(map(json.dumps, texts)) + "\n")
 
 
-def small(suite: Suite, folder: Path, tokens: int = 4096) -> Suite:
+def small(suite: Suite, folder: Path, questions: Path | None = None) -> Suite:
     """The suite for the model in `folder`/base, with the texts of `write_texts` in `folder`; all else is its own.
 
     Args:
-        tokens: to calibrate on.
+        questions: a folder of BIG-Bench Hard; None asks procedural ones, and by no protocol with worked examples.
     """
-    return dataclasses.replace(suite, cells=tuple(_small(cell, folder, tokens) for cell in suite.cells))
+    return dataclasses.replace(suite, cells=tuple(_small(cell, folder, questions) for cell in suite.cells))
 
 
-def _small(cell: Cell, folder: Path, tokens: int) -> Cell:
+def _small(cell: Cell, folder: Path, questions: Path | None) -> Cell:
     kind = "news" if cell.train.task == "classify" else "chat"
     data, heldout = (str(folder / f"{kind}-{part}.jsonl") for part in ("train", "heldout"))
     train = dataclasses.replace(
@@ -45,7 +45,7 @@ def _small(cell: Cell, folder: Path, tokens: int) -> Cell:
     )  # fmt: skip
     calibration = dataclasses.replace(
         cell.calibration, data=str(folder / "chat-train.jsonl"), heldout=str(folder / "chat-heldout.jsonl"),
-        tokens=tokens, heldout_tokens=256, row_length=64,
+        tokens=4096, heldout_tokens=256, row_length=64,
     )  # fmt: skip
     return dataclasses.replace(
         cell,
@@ -55,7 +55,11 @@ def _small(cell: Cell, folder: Path, tokens: int) -> Cell:
         cut=dataclasses.replace(cell.cut, data=cell.cut.data and data),
         calibration=calibration,
         train=train,
-        profile=dataclasses.replace(cell.profile, batch=1, length=32, repeats=2),
-        evals=tuple(dataclasses.replace(each, source="procedural", limit=1) for each in cell.evals),
-        after=cell.after and _small(cell.after, folder, tokens),
+        profile=dataclasses.replace(cell.profile, batch=1, length=32, new_tokens=4, repeats=2),
+        evals=tuple(
+            dataclasses.replace(each, source=str(questions or "procedural"), tasks=("boolean_expressions",), limit=2)
+            for each in cell.evals
+            if questions or each.protocol != "leaderboard"
+        ),
+        after=cell.after and _small(cell.after, folder, questions),
     )

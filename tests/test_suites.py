@@ -17,7 +17,7 @@ from kallm_bench.engine import cells
 from kallm_bench.engine.training import train_model
 from kallm_bench.errors import Interrupted, KallmError, ModelError, SuiteError, TrainingError
 from kallm_bench.files import DiskError
-from kallm_bench.filing import Bench, find_ref
+from kallm_bench.filing import Bench, Stage, find_ref
 from kallm_bench.models import KANSpec, complete_spec, load_model, parameters_of, retrofit, save_checkpoint
 from kallm_bench.records import ResultsStore
 from kallm_bench.reporting import Row, build_tables
@@ -36,6 +36,7 @@ def test_every_shipped_suite_reads(path: Path, device: str) -> None:
     assert find_suite(path.stem) == path
     assert len({(cell.arm, cell.seed) for cell in suite.cells}) == len(suite.cells)
     assert suite.cells or suite.kernels
+    assert f"`{suite.name}`" in (path.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) -> None:
@@ -107,6 +108,11 @@ def test_model_and_data_are_parameters(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_suite(path, data="some/data").cells[0].train.heldout is None
     with pytest.raises(SuiteError, match="pass --data too"):
         read_suite(path, heldout="some/data")
+    assert one.cut.data is None
+    path.write_text('[cut]\nblocks = 3\ndata = "./a.jsonl"\n[[arm]]\nname = "one"\n')
+    assert read_suite(path).cells[0].cut.data == str(tmp_path / "suites" / "a.jsonl")
+    cut = read_suite(path, data="./x.jsonl").cells[0].cut
+    assert (cut.blocks, cut.data) == (3, str(tmp_path / "x.jsonl"))
 
 
 KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
@@ -379,6 +385,14 @@ def test_arms_compute_in_the_dtypes_they_name(bench: Bench, tmp_path: Path) -> N
     assert [forecast.trouble for forecast in engine.foresee_suite(bench, suite)] == ["", ""]
     over = [cell.dtype for cell in read_suite(_said(tmp_path, "float16"), only=["kan"]).cells]
     assert over == ["float16"]
+
+
+def test_records_of_one_moment_are_read_in_the_order_they_came_in(bench: Bench) -> None:
+    """Work that is only filed again takes no time, and a row is about the newest record."""
+    stages = ["retrofit", "profile", "retrofit"]  # not in the order of the alphabet, in which ids of one second are
+    for stage in stages:
+        Stage(bench, stage, {"spec": {}}).finish([])
+    assert [record.stage for record in bench.store.records()] == stages
 
 
 def _said(folder: Path, dtype: str) -> Path:
