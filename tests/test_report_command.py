@@ -19,13 +19,15 @@ from kallm_bench.reporting import build_tables, grid
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with results of three arms, which commands run in."""
+    """A folder with results of three arms, and of a fourth on another machine, which commands run in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KALLM_CACHE", str(tmp_path / "cache"))
     bench = Bench(tmp_path / "results")
     bench.arm("untouched", 0, None, 2.274, right=4)
     bench.arm("linear", 0, {"basis": "linear"}, 2.5, right=1, replaced=1000)
     bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.391, right=8, replaced=1000)
+    other = dataclasses.replace(bench.store.records()[0], id="other", testbed="other", suite="elsewhere")
+    bench.store.write(other)
     return tmp_path
 
 
@@ -45,6 +47,12 @@ def test_every_format_goes_where_it_is_sent(home: Path, kallm: Run) -> None:
         "losses.svg",
         "tasks.svg",
     ]
+
+
+def test_the_screen_has_the_published_figures_marked_as_such(home: Path, kallm: Run) -> None:
+    out = kallm("report")[1]
+    assert out.index("McNemar") < out.index("Published figures, for reference") < out.index("43.8 %")
+    assert "Published" not in kallm("report", "--check", "kan.accuracy > 1")[1]
 
 
 def test_a_reference_is_asked_for_by_name(home: Path, kallm: Run) -> None:
@@ -76,6 +84,11 @@ def test_conditions_decide_the_exit_code(home: Path, kallm: Run) -> None:
     [
         (("--suite", "tri"), 1, "no records of suite 'tri'. Did you mean 'try'?"),
         (("--testbed", "h10"), 1, "no records of testbed 'h10'"),
+        (
+            ("--suite", "try", "--testbed", "other"),
+            1,
+            "no records of suite 'try' on testbed 'other'; there are some on: lo",
+        ),
         (("--format", "htm"), 1, "no format 'htm'. Did you mean 'html'?"),
         (("--format", "svg"), 2, "name a folder"),
         (("--results", "nowhere"), 1, "no records in nowhere. Make some: kallm run quickstart"),
@@ -100,7 +113,7 @@ def test_what_is_set_aside_is_named_and_the_rest_reported(home: Path, kallm: Run
     code, out, err = kallm("report", "--json")
     assert code == 0
     assert err.count("set aside: ") == 3
-    assert "schema 99" in err
+    assert "schema 99, this program reads 1; a newer kallm reads it" in err
     assert [Path(each["file"]).name for each in json.loads(out)["set_aside"]] == [
         "testbed.json",
         "cut.json",

@@ -105,6 +105,7 @@ def _give(fmt: str, tables: Sequence[Table], store: ResultsStore, out: Path | No
 
     if fmt == "screen":
         console.show_tables(tables)
+        console.show_published(tables)
     elif fmt in ("svg", "png"):
         assert out is not None
         _write_drawings(fmt, tables, out)
@@ -151,4 +152,7 @@ def _nothing_to_report(store: ResultsStore, suite: str | None, testbed: str | No
             return unknown(f"records of {what}", wanted, known)
     if suite is None and testbed is None:
         return f"the records in {store.folder} are of checkpoints made, and none of what they can. Try: kallm profile"
+    if suite and testbed and not any((suite, testbed) == (record.suite, record.testbed) for record in records):
+        found = ", ".join(sorted({record.testbed for record in records if record.suite == suite}))
+        return f"no records of suite '{suite}' on testbed '{testbed}'; there are some on: {found}"
     return f"nothing to compare in the records of suite '{suite or 'any'}' on testbed '{testbed or 'any'}'"

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
     from kallm_bench.reporting import Table
 
 
+def show_published(tables: Sequence[Table]) -> None:
+    """The published figures, where the tables are of models that can be set beside them."""
+    from kallm_bench.reporting.published import PUBLISHED_NOTE, PUBLISHED_TITLE
+    from kallm_bench.reporting.text import published_grid
+
+    if cells := published_grid(tables):
+        show_grid(PUBLISHED_TITLE, cells)
+        streams.out.print(f"· {PUBLISHED_NOTE}", style="dim")
+
+
 def show_tables(tables: Sequence[Table]) -> None:
     """Report tables, with their notes below: a row an arm where that fits, else a column an arm."""
     from kallm_bench.reporting import grid

@@ -128,7 +128,8 @@ class RunRecord:
             check_types(data, RunRecord, "the record")
             schema = data["schema"]
             if schema != SCHEMA:
-                raise RecordError(f"written in schema {schema}, this program reads {SCHEMA}")
+                newer = "; a newer kallm reads it" if schema > SCHEMA else ""
+                raise RecordError(f"written in schema {schema}, this program reads {SCHEMA}{newer}")
             data["metrics"] = tuple(
                 Metric(m["name"], m["value"], m["n"], tuple(m["samples"]), m.get("note", "")) for m in data["metrics"]
             )

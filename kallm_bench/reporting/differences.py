@@ -290,7 +290,7 @@ def _speed_notes(pairs: Sequence[tuple[Arm, Arm]]) -> Iterable[str]:
         yield f"× training speed by some of the seeds, others being unlike: {'; '.join(dict.fromkeys(partly))}."
     if unknown:
         yield (
-            "× training speed may be that of a disk: whether what frozen blocks give was computed, or read, which is "
+            "× training speed: whether runs computed what frozen blocks give, or read it from a cache, which is "
             f"faster, was not noted of {'; '.join(dict.fromkeys(unknown))}."
         )
 

@@ -55,12 +55,21 @@ def _row(row: Row) -> dict[str, Any]:
         "asked": row.asked,
         "what": row.what,
         "seeds": row.seeds,
-        "figures": {metric: _figure(metric, figure) for metric, figure in row.figures.items()},
+        "figures": {metric: _plain(_figure(metric, figure)) for metric, figure in row.figures.items()},
         "words": row.words,
-        "comparison": comparison,
-        "tasks": {task: dataclasses.asdict(score) for task, score in row.tasks.items()},
+        "comparison": _plain(comparison),
+        "tasks": {task: _plain(vars(score)) for task, score in row.tasks.items()},
         "curves": [{"metric": curve.metric, "points": list(curve.points)} for curve in row.curves],
     }
+
+
+def _plain(value: Any) -> Any:
+    """Ten digits of all numbers in it: the last of a float's sixteen are another processor's choice."""
+    if isinstance(value, float):
+        return float(f"{value:.10g}")
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _figure(metric: str, figure: Figure) -> dict[str, Any]:

@@ -21,6 +21,8 @@ PUBLISHED = (
     PublishedRow("cheby2 degree 2 in blocks 25-29, 3 seeds", "39M", "5.86 GB", "44.1 %"),
 )
 
+PUBLISHED_TITLE = "Published figures, for reference"
+
 PUBLISHED_NOTE = (
     'From "Wrapping Up KALLM", OSRE 2025 (2025-09-03): trained on smol-smoltalk, scored on an unnamed subset of '
     "BIG-Bench Hard in chat form. No intervals and no parameter-matched control were published; other data, prompts "

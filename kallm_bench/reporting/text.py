@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kallm_bench.records import kind_of
 from kallm_bench.reporting.beside import side_by_side
-from kallm_bench.reporting.published import PUBLISHED, PUBLISHED_NOTE
+from kallm_bench.reporting.published import PUBLISHED, PUBLISHED_NOTE, PUBLISHED_TITLE
 from kallm_bench.reporting.rows import STAGE_COLUMNS
 from kallm_bench.reporting.table import Figure, Row, Table
 
@@ -158,12 +158,17 @@ def about(table: Table) -> tuple[str, ...]:
 def to_markdown(tables: Sequence[Table]) -> str:
     """All tables, each with its notes, and the published figures last where there are models to set beside them."""
     parts = [f"## {table.title}\n\n{markdown_table(table, notes=True)}" for table in tables]
-    if tables and all(table.kind in ("kernels", "overview", "failures") for table in tables):
-        return "\n".join(parts)
-    published = [[row.name, row.trainable, row.memory, row.accuracy] for row in PUBLISHED]
-    header = ["published", "trained parameters", "GPU memory", "accuracy"]
-    parts.append(f"## Published figures, for reference\n\n{_markdown(header, published)}\n\n- {PUBLISHED_NOTE}\n")
+    if cells := published_grid(tables):
+        parts.append(f"## {PUBLISHED_TITLE}\n\n{_markdown(cells[0], cells[1:])}\n\n- {PUBLISHED_NOTE}\n")
     return "\n".join(parts)
+
+
+def published_grid(tables: Sequence[Table]) -> list[list[str]]:
+    """The published figures as text, headings first; empty where there are no models to set beside them."""
+    if tables and all(table.kind in ("kernels", "overview", "failures") for table in tables):
+        return []
+    lines = [[row.name, row.trainable, row.memory, row.accuracy] for row in PUBLISHED]
+    return [["published", "trained parameters", "GPU memory", "accuracy"], *lines]
 
 
 def markdown_table(table: Table, notes: bool) -> str:
