@@ -17,9 +17,7 @@ SCORES = tuple(metric for stage, metric, _ in STAGE_COLUMNS if stage == "eval-bb
 def side_by_side(table: Table) -> Table:
     """The same arms, each in one row; the table itself where no two of its rows differ in scores alone."""
     ways = list(dict.fromkeys(row.asked for row in table.rows if any(metric in row.figures for metric in SCORES)))
-    groups: dict[str, list[Row]] = {}
-    for row in table.rows:
-        groups.setdefault(_shared(row, groups), []).append(row)
+    groups = _groups(table)
     if table.kind != "arms" or len(ways) < 2 or len(groups) == len(table.rows):
         return table
     rows = tuple(_joined(name, rows) for name, rows in groups.items())
@@ -36,6 +34,18 @@ def side_by_side(table: Table) -> Table:
         metrics=tuple(metric for metric, _ in columns),
         headings=tuple(heading for _, heading in columns),
     )
+
+
+def short_names(table: Table) -> dict[str, str]:
+    """Label of each arm's row -> what the arm is called, which rows have in common that differ in scores alone."""
+    return {row.label: name for name, rows in _groups(table).items() for row in rows if row.seeds}
+
+
+def _groups(table: Table) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in table.rows:
+        groups.setdefault(_shared(row, groups), []).append(row)
+    return groups
 
 
 def _shared(row: Row, groups: dict[str, list[Row]]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kallm_bench.reporting.beside import short_names
 from kallm_bench.reporting.table import Table
 from kallm_bench.reporting.tradeoffs import COLOURS, draw_tradeoffs, panels_of, tradeoff_data
 
@@ -68,9 +69,11 @@ def drawings_of(table: Table) -> list[Drawing]:
         )
     if curves := _curves(table):
         title = "Loss during training. Lines: on the batches trained on; dots: on held-out rows"
-        arms = list(dict.fromkeys(row.label for row in table.rows if row.seeds))
+        arms = list(dict.fromkeys(short_names(table).values()))
         found.append(Drawing(f"{name}-losses", title, curves, lambda canvas: _draw_losses(arms, curves, canvas)))
-    tasks = {row.label: {task: vars(score) for task, score in row.tasks.items()} for row in table.rows if row.tasks}
+    ways = list(dict.fromkeys(row.asked for row in table.rows))
+    asked = sorted((row for row in table.rows if row.tasks), key=lambda row: ways.index(row.asked))
+    tasks = {row.label: {task: vars(score) for task, score in row.tasks.items()} for row in asked}
     if tasks:
         title = "Accuracy by task, in points above or below guessing. *: above guessing, after Holm's correction"
         found.append(Drawing(f"{name}-tasks", title, tasks, lambda canvas: _draw_tasks(tasks, canvas)))
@@ -79,8 +82,9 @@ def drawings_of(table: Table) -> list[Drawing]:
 
 def _curves(table: Table) -> list[tuple[str, str, list[tuple[float, float]]]]:
     """(arm, metric, points); once for an arm whose rows differ in how they were asked alone."""
+    names = short_names(table)
     found = {
-        (row.name, curve.metric, tuple(curve.points)): (row.label, curve.metric, list(curve.points))
+        (row.name, curve.metric, tuple(curve.points)): (names[row.label], curve.metric, list(curve.points))
         for row in reversed(table.rows)
         for curve in row.curves
     }

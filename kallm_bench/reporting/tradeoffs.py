@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kallm_bench.records import kind_of
+from kallm_bench.reporting.beside import short_names
 from kallm_bench.reporting.table import Figure, Row, Table
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ SKILLS = ("accuracy", "class_accuracy", "heldout_loss", "class_loss")
 COSTS = (
     ("parameters",),
     tuple(f"{memory}_bytes{of}" for memory in ("peak_vram_allocated", "peak_resident") for of in ("", "/profile")),
-    ("train_tokens_per_second", "train_tokens_per_second/profile"),
+    (
+        "train_tokens_per_second/profile",
+        "train_tokens_per_second",
+    ),  # a run may have read from its cache, or had company
     ("decode_tokens_per_second",),
 )
 """Across the page: of each, the first that two arms or more have."""
@@ -56,11 +60,13 @@ class Panel:
 def points_of(table: Table, panel: Panel) -> list[Point]:
     """The arms that have both figures; of an arm's rows that differ in other things alone, one."""
     x_scale, y_scale = _scale(panel.cost)[0], _scale(panel.skill)[0]
+    names = short_names(table)
     found: dict[tuple[str, float, float], Point] = {}
     for row in _having(table, panel.skill, panel.asked):
         if x := row.figures.get(panel.cost):
             y = row.figures[panel.skill]
-            point = Point(row.label, x.value * x_scale, y.value * y_scale, _ends(x, x_scale), _ends(y, y_scale))
+            ends = _ends(x, x_scale), _ends(y, y_scale)
+            point = Point(names[row.label], x.value * x_scale, y.value * y_scale, *ends)
             found.setdefault((row.name, point.x, point.y), point)
     return list(found.values())
 
@@ -79,9 +85,9 @@ def pareto_front(points: Sequence[Point], cost: str, skill: str) -> list[Point]:
 
 def panels_of(table: Table) -> list[list[Panel]]:
     """The panels, row by row; empty where there is nothing to set against anything."""
-    costs = [next((metric for metric in names if len(_having(table, metric)) > 1), None) for names in COSTS]
+    costs = [next((metric for metric in names if _arms_having(table, metric) > 1), None) for names in COSTS]
     skills = [(metric, asked) for metric in SKILLS for asked in _ways(table, metric)]
-    skills = [(metric, asked) for metric, asked in skills if len(_having(table, metric, asked)) > 1]
+    skills = [(metric, asked) for metric, asked in skills if _arms_having(table, metric, asked) > 1]
     return [[Panel(cost, skill, asked) for cost in costs if cost] for skill, asked in skills if any(costs)]
 
 
@@ -100,7 +106,7 @@ def draw_tradeoffs(table: Table, canvas: Canvas, ink: str) -> None:
     """Panels with an error bar an arm, the Pareto front as a dashed line through ringed points, guessing as a line."""
     rows = panels_of(table)
     across = max(len(row) for row in rows)
-    arms = [row.label for row in table.rows if row.seeds]
+    arms = list(dict.fromkeys(short_names(table).values()))
     looks = {arm: (COLOURS[n % len(COLOURS)], SHAPES[n % len(SHAPES)]) for n, arm in enumerate(arms)}
     lines = -(-len(arms) // 4)
     canvas.set_size_inches(2.9 * across, 2.5 * len(rows) + 0.3 + 0.22 * lines)
@@ -170,6 +176,11 @@ def _scale(metric: str) -> tuple[float, str]:
 def _having(table: Table, metric: str, asked: str = "") -> list[Row]:
     """The arms that have a figure, of those that were asked so."""
     return [row for row in table.rows if row.seeds and metric in row.figures and asked in ("", row.asked)]
+
+
+def _arms_having(table: Table, metric: str, asked: str = "") -> int:
+    names = short_names(table)
+    return len({names[row.label] for row in _having(table, metric, asked)})
 
 
 def _ends(figure: Figure, scale: float) -> tuple[float, float] | None:
