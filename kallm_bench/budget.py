@@ -2,8 +2,8 @@
 
 Best is to try: a few steps of the very shapes, in memory, from which all steps follow, as they are alike. Where even
 loading models is too much, as for all cells of a suite, what earlier runs on this machine needed is scaled: time by the
-FLOP that a step cannot do without, memory by what weights, gradients and moments take. With no earlier run it is an
-estimate, and says so.
+FLOP that a step cannot do without, memory by what weights, gradients and moments take and by the same FLOP. With no
+earlier run it is an estimate, and says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kallm_bench.footprint import ADAM_BYTES, estimated_peaks, static_bytes
 from kallm_bench.models import KANSpec, complete_spec, skeleton_of
 from kallm_bench.profiling import flops_per_token, peak_memory
 from kallm_bench.profiling.flops import training_flops
 from kallm_bench.progress import Watch
 from kallm_bench.records import RunRecord
-from kallm_bench.training import Rows, TrainSettings, apply_scope, train
+from kallm_bench.training import Forward, Rows, Teacher, TrainSettings, apply_scope, train
 from kallm_bench.training.entry import first_learning
 from kallm_bench.training.loop import SAVE_EVERY_SECONDS, SAVE_SHARE, TrainResult, enough_rows
 from kallm_bench.training.prefix_cache import size_of
@@ -45,14 +46,18 @@ TRIAL_HELDOUT_BATCHES = 3
 DISK_BYTES_PER_SECOND = 300e6
 """What a plain disk writes; saving is a small part of training."""
 
-ADAM_BYTES = 12
-"""A learning parameter's gradient and AdamW's two moments, in float32."""
-
 USUAL_BEARING = 0.4
 """Share of the positions that bear loss, where nothing is known of the data."""
 
-USUAL_EFFICIENCY = 0.4
-"""How much of what a large product does a second training does, where nothing is known of the machine."""
+USUAL_EFFICIENCY = {"cuda": 0.35, "cpu": 0.8}
+"""How much of what a large product does a second training does, where no run is known: small models on an H100, and on
+two cores."""
+
+USUAL_COMPILING_SECONDS = 15.0
+"""What compiling and recording add, where no run is known."""
+
+LARGE = {"cuda": 8192, "cpu": 2048}
+"""Rows and columns of a large product: launching it on a GPU should take no part of its time."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +145,18 @@ class _Stamps:
 
 
 def try_run(
-    model: PreTrainedModel, rows: Rows, heldout: Rows, settings: TrainSettings, ways: dict[str, Any], watch: Watch
+    model: PreTrainedModel,
+    rows: Rows,
+    heldout: Rows,
+    settings: TrainSettings,
+    ways: dict[str, Any],
+    watch: Watch,
+    teaching: Callable[[PreTrainedModel], Teacher] | None = None,
 ) -> Budget:
     """What `train` would take with these arguments, from a few steps of it. Nothing is saved, and no weight moves.
 
-    Changes the model's scope, as training does.
+    Changes the model's scope, as training does. A cache of a frozen prefix is read where it holds all that is needed,
+    and left alone else.
 
     Args:
         ways: what `train` is given of how it is done: autocast, batch_rows ...
@@ -153,6 +165,8 @@ def try_run(
         TrainingError: as `train` would: too little data, no memory for one row.
     """
     enough_rows(rows, settings)
+    needed = {rows: settings.steps * settings.rows_per_step, heldout: settings.heldout_rows}
+    ways = ways | {"cache": _whole_cache(model, needed, settings, ways)}
     batch = ways["batch_rows"]
     every = settings.rows_per_step
     on_gpu = model.device.type == "cuda"
@@ -168,8 +182,11 @@ def try_run(
             learning_rate=1e-12,
             new_learning_rate=None,
         )
-        return train(model, rows, heldout, still, None, watch=stamps, **ways)
+        return train(model, rows, heldout, still, None, watch=stamps, teaching=teaching, **ways)
 
+    if ways.get("fast"):  # training will find what compiling leaves on the disk, so the trial should too
+        attempt(every, 1, 1)
+        torch.compiler.reset()
     tried = every if on_gpu else min(every, 2 * batch)
     steps = min(settings.steps, TRIAL_STEPS if on_gpu else 2)
     with peak_memory(model.device) as peak:
@@ -179,11 +196,10 @@ def try_run(
             if tried < (more := min(every, at_most)):
                 steps = min(settings.steps, TRIAL_STEPS)
                 tried, result = more, attempt(more, steps, 1)
-    measured = _Speed(
-        step=_usual(result.step_seconds) * every / tried,
-        batch=statistics.median(stamps.seconds) if stamps.seconds else (first.seconds - sum(first.step_seconds)) / 2,
-        once=max(0.0, sum(first.step_seconds) - len(first.step_seconds) * _usual(first.step_seconds)),
-    )
+    looked = math.ceil(min(settings.heldout_rows, TRIAL_HELDOUT_BATCHES * batch, len(heldout)) / batch)
+    look = statistics.median(stamps.seconds) if stamps.seconds else (first.seconds - sum(first.step_seconds)) / 2
+    alike = len(first.step_seconds) * _usual(first.step_seconds) + 2 * looked * look
+    measured = _Speed(_usual(result.step_seconds) * every / tried, look, once=max(0.0, first.seconds - alike))
     batches = math.ceil(min(settings.heldout_rows, len(heldout)) / (result.rows_at_once or batch))
     return Budget(
         settings.steps,
@@ -193,11 +209,20 @@ def try_run(
         _seconds(settings, measured, batches, ADAM_BYTES * result.trainable_parameters),
         {metric.name: metric.value for metric in peak if metric.value is not None},
         f"measured: {steps} steps of {tried} rows here" if steps else "measured here",
-        _cache_bytes(
-            model, {rows: settings.steps * settings.rows_per_step, heldout: settings.heldout_rows}, ways["autocast"]
-        ),
+        _cache_bytes(model, needed, ways["autocast"]),
         result.rows_at_once,
     )
+
+
+def _whole_cache(
+    model: PreTrainedModel, needed: Mapping[Rows, int], settings: TrainSettings, ways: Mapping[str, Any]
+) -> Path | None:
+    """The folder in which a frozen prefix is to be kept, where an earlier run has kept all of it; else None."""
+    folder: Path | None = ways.get("cache")
+    if folder is None or not settings.steps:
+        return None
+    apply_scope(model, settings.scope, settings.tail_from, settings.lora, settings.seed)
+    return folder if Forward(model, autocast=ways["autocast"]).kept_all(folder, needed) else None
 
 
 class _Speed(NamedTuple):
@@ -236,7 +261,11 @@ def _cache_bytes(model: PreTrainedModel, several: Mapping[Rows, int], autocast: 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run that a budget is asked for: which arm of which suite, what is trained, and on what."""
+    """A run that a budget is asked for: which arm of which suite, what is trained, on what, and in which ways.
+
+    Args:
+        fast, kept: whether blocks are compiled, and whether what frozen ones give is kept on disk.
+    """
 
     suite: str
     arm: str
@@ -246,6 +275,8 @@ class Wanted:
     device: torch.device
     dtype: torch.dtype
     rows_at_once: int
+    fast: bool = False
+    kept: bool = False
 
 
 def foresee(wanted: Wanted, records: Sequence[RunRecord]) -> Budget:
@@ -264,34 +295,35 @@ def foresee(wanted: Wanted, records: Sequence[RunRecord]) -> Budget:
     learning = apply_scope(model, settings.scope, settings.tail_from, settings.lora) if settings.steps else []
     parameters, trainable = (sum(each.numel() for each in some) for some in (list(model.parameters()), learning))
     like = _nearest(wanted, records)
+    bearing = (like and like.value("bearing_share")) or USUAL_BEARING
+    flops = training_flops(model, bearing)
     if like:
-        bearing = like.value("bearing_share") or USUAL_BEARING
-        rate = (like.value("train_flops_per_token") or 0.0) * (like.value("train_tokens_per_second") or 0.0)
-        source = f"by {like.arm} of {like.suite}"
+        rate, once, source = _rate(like), _once(like), f"by {like.arm} of {like.suite}"
+        peaks = _peaks(static_bytes(parameters, trainable), flops, like, wanted)
     else:
-        bearing, rate, source = (
-            USUAL_BEARING,
-            USUAL_EFFICIENCY * _product_rate(wanted.device, wanted.dtype),
-            "an estimate, without activations",
+        rate = USUAL_EFFICIENCY[wanted.device.type] * _product_rate(wanted.device, wanted.dtype)
+        once, source = USUAL_COMPILING_SECONDS * wanted.fast, "an estimate"
+        at_once, all_at_once = (
+            rows * settings.row_length
+            for rows in (min(wanted.rows_at_once, settings.rows_per_step), wanted.rows_at_once)
         )
+        peaks = estimated_peaks(model, at_once, bearing * all_at_once, wanted.device, wanted.dtype, wanted.fast)
     tokens = settings.rows_per_step * settings.row_length
     row = settings.row_length * flops_per_token(model) / rate
-    speed = _Speed(tokens * training_flops(model, bearing) / rate, row)
-    static = 4 * parameters + ADAM_BYTES * trainable
     return Budget(
         settings.steps,
         settings.steps * tokens,
         parameters,
         trainable,
-        _seconds(settings, speed, settings.heldout_rows, ADAM_BYTES * trainable),
-        _peaks(static, like, wanted) if settings.steps else {},
+        _seconds(settings, _Speed(tokens * flops / rate, row, once), settings.heldout_rows, ADAM_BYTES * trainable),
+        peaks if settings.steps else {},
         source,
         rows_at_once=wanted.rows_at_once,
     )
 
 
 def _nearest(wanted: Wanted, records: Sequence[RunRecord]) -> RunRecord | None:
-    """The training record that tells most of a run: of the same arm, of the same shapes; then the newest."""
+    """The training record that tells most of a run: of the same arm, of the same shapes and ways; then the newest."""
     place = {"device": wanted.device.type, "dtype": str(wanted.dtype).removeprefix("torch.")}
     told = ("train_tokens_per_second", "train_flops_per_token")
     known = [
@@ -302,31 +334,47 @@ def _nearest(wanted: Wanted, records: Sequence[RunRecord]) -> RunRecord | None:
         and all(record.value(name) for name in told)
     ]
 
-    def likeness(record: RunRecord) -> tuple[bool, bool, str]:
+    def likeness(record: RunRecord) -> tuple[bool, bool, bool, str]:
         shapes = ("row_length", "rows_per_step", "scope")
         return (
             (record.suite, record.arm) == (wanted.suite, wanted.arm),
             all(record.settings[name] == getattr(wanted.settings, name) for name in shapes),
+            ((record.value("prefix_cache_share") or 0.0) > 0.5) == wanted.kept,
             record.started,
         )
 
     return max(known, key=likeness, default=None)
 
 
-def _peaks(static: float, like: RunRecord | None, wanted: Wanted) -> dict[str, float]:
-    """A record's peaks, with this run's weights, gradients and moments for its own, and as many tokens at once."""
-    if like is None:
-        return {"peak_vram_allocated_bytes" if wanted.device.type == "cuda" else "peak_resident_bytes": static}
-    own = 4 * like.model["parameters"] + ADAM_BYTES * (like.model["trainable_parameters"] or 0)
-    more = wanted.settings.row_length / like.settings["row_length"]
+def _rate(like: RunRecord) -> float:
+    """FLOP a second that a run did of those it could not do without."""
+    return (like.value("train_flops_per_token") or 0.0) * (like.value("train_tokens_per_second") or 0.0)
+
+
+def _once(like: RunRecord) -> float:
+    """Seconds that a run took beside its steps, its held-out losses and its saving: compiling, on a GPU."""
+    names = {entry.name for entry in dataclasses.fields(TrainSettings)}
+    settings = TrainSettings(**{name: value for name, value in like.settings.items() if name in names})
+    tokens = settings.rows_per_step * settings.row_length
+    row = settings.row_length * 2 * like.model["parameters"] / _rate(like)
+    speed = _Speed(tokens / (like.value("train_tokens_per_second") or math.inf), row)
+    state = ADAM_BYTES * (like.model["trainable_parameters"] or 0)
+    return max(0.0, (like.value("train_seconds") or 0.0) - _seconds(settings, speed, settings.heldout_rows, state))
+
+
+def _peaks(static: float, flops: float, like: RunRecord, wanted: Wanted) -> dict[str, float]:
+    """A record's peaks with this run's weights, gradients and moments, and the rest by tokens in a row and by FLOP."""
+    own = static_bytes(like.model["parameters"], like.model["trainable_parameters"] or 0)
+    more = wanted.settings.row_length / like.settings["row_length"] * flops / (like.value("train_flops_per_token") or 1)
     found = {metric.name: metric.value for metric in like.metrics if metric.name.startswith("peak_")}
     return {name: static + max(0.0, value - own) * more for name, value in found.items() if value is not None}
 
 
 @functools.cache
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a product of two matrices of 2048 × 2048."""
-    left, right = (torch.ones(2048, 2048, device=device, dtype=dtype) for _ in range(2))
+    """FLOP a second of a large product of two matrices."""
+    size = LARGE[device.type]
+    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(4):
         if device.type == "cuda":
@@ -334,4 +382,4 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
         began = time.perf_counter()
         (left @ right)[0, 0].item()
         seconds.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(seconds)
+    return 2 * size**3 / min(seconds)

@@ -26,6 +26,7 @@ from kallm_bench.models import Source, find_model, read_base, read_lineage, spec
 from kallm_bench.profiling import environment
 from kallm_bench.progress import Watch, nobody
 from kallm_bench.records import Artifact, Metric, ResultsStore, RunRecord, settings_key
+from kallm_bench.sharing import Shared
 from kallm_bench.training import ALONE, Processes
 
 CODE = {"cut": 1, "retrofit": 1, "train": 2, "eval-bbh": 2, "profile": 4, "kernels": 5}
@@ -48,6 +49,7 @@ class Bench:
         prefix_cache: whether training keeps on disk what frozen blocks give, for other arms and seeds.
         trackers: names in training.TRACKERS, told of every step of training.
         watch: told of progress.
+        shared: what other stages of this process have found already.
     """
 
     store: ResultsStore
@@ -65,6 +67,7 @@ class Bench:
     prefix_cache: bool = False
     trackers: tuple[str, ...] = ()
     watch: Watch = nobody
+    shared: Shared = field(default_factory=Shared, compare=False)
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -241,7 +244,7 @@ class Stage:
             arm=self.arm,
             seed=self.bench.seed,
             testbed=self.bench.testbed,
-            started=self.started.isoformat(timespec="seconds"),
+            started=self.started.isoformat(timespec="microseconds"),
             reused=record.reused or record.id,
         )
         store.write(again, store.samples(record) or None)
@@ -298,7 +301,7 @@ class Stage:
             arm=self.arm,
             seed=self.bench.seed,
             testbed=self.bench.testbed,
-            started=self.started.isoformat(timespec="seconds"),
+            started=self.started.isoformat(timespec="microseconds"),
             seconds=round((datetime.now(UTC) - self.started).total_seconds(), 3),
             parents=tuple(entry["id"] for entry in self._lineage[-1:]),
             settings=self.settings,

@@ -30,6 +30,9 @@ SECTIONS: dict[str, type] = {
 """Tables of a suite, and of an arm where it differs, with the settings each one fills."""
 
 
+DEVICES = ("cpu", "cuda")
+"""Tables of these names inside one of SECTIONS hold what is otherwise on such a device: [profile.cpu]."""
+
 SMALL_TOKENS = 1024
 """Rows that kernels are measured on where nothing is said and the device is a CPU."""
 
@@ -102,15 +105,17 @@ def read_suite(
     data: str | None = None,
     heldout: str | None = None,
     stages: Iterable[str] = (),
+    device: str = "",
 ) -> Suite:
     """The suite in a TOML file.
 
     Args:
         only: names of the arms to keep; none named keeps all.
         seeds, model: in place of the file's own.
-        data, heldout: in place of the suite's own, in training and in calibration; data without held-out data holds out
-            a part of itself. What an arm names for itself stays.
+        data, heldout: in place of the suite's own, in training, in calibration and in the cut of a vocabulary; data
+            without held-out data holds out a part of itself. What an arm names for itself stays.
         stages: names of the stages to keep; none named keeps all.
+        device: one of DEVICES, whose own tables count; where it has none, and for "", all is as for any.
 
     Raises:
         SuiteError: not TOML, an unknown key (with the nearest one), an arm twice, a value of the wrong type, a stage
@@ -129,13 +134,15 @@ def read_suite(
     }  # fmt: skip
     for key, like in (top | {section: {} for section in SECTIONS}).items():
         _check_like(content, key, like, str(path))
-    _replace(content, model, data, heldout)
     arms = content.get("arm", [])
     problems = _problems(content.get("kernels", []), str(path))
     if not (arms or problems) or not all(
         isinstance(arm, dict) and re.fullmatch(r"[\w.+-]+", str(arm.get("name", ""))) for arm in arms
     ):
         raise SuiteError(f"{path}: needs [[arm]] tables, each with a 'name' of letters, digits, '-', '_', '.' and '+'")
+    for table in (content, *arms):
+        _settle(table, device, str(path))
+    _replace(content, model, data, heldout)
     for stage in (*content.get("stages", []), *content.get("once", [])):
         if stage not in STAGES:
             raise SuiteError(f"{path}: {unknown('stage', str(stage), STAGES)}")
@@ -172,6 +179,18 @@ def _stages(suite: dict[str, Any], wanted: Sequence[str], first: bool) -> tuple[
     return tuple(each for each in suite.get("stages", STAGES) if each not in spared and (each in wanted or not wanted))
 
 
+def _settle(table: dict[str, Any], device: str, where: str) -> None:
+    """Puts what the sections of a suite, or of an arm, say of this device in place of what they say of any."""
+    for name, kind in SECTIONS.items():
+        if not isinstance(section := table.get(name), dict):
+            continue
+        for each in DEVICES:
+            _check_like(section, each, {}, f"{where}, [{name}]")
+            _refuse_unknown(section.get(each, {}), set(typing.get_type_hints(kind)) - {"seed"}, f"{where}, [{name}]")
+        own = section.get(device, {})
+        table[name] = {key: value for key, value in section.items() if key not in DEVICES} | own
+
+
 def _replace(content: dict[str, Any], model: str | None, data: str | None, heldout: str | None) -> None:
     """Puts what a command names in the place of what a suite does; its paths start where the command is run."""
     if heldout and not data:
@@ -181,6 +200,8 @@ def _replace(content: dict[str, Any], model: str | None, data: str | None, heldo
     for section in ("train", "calibration") if data else ():
         own = {key: value for key, value in content.get(section, {}).items() if key != "heldout"}
         content[section] = own | {"data": _here(str(data))} | ({"heldout": _here(heldout)} if heldout else {})
+    if data and content.get("cut", {}).get("data"):  # whose tokens stay has to be what is learned from
+        content["cut"] = content["cut"] | {"data": _here(data)}
 
 
 def _here(name: str) -> str:

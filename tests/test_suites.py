@@ -17,24 +17,26 @@ from kallm_bench.engine import cells
 from kallm_bench.engine.training import train_model
 from kallm_bench.errors import Interrupted, KallmError, ModelError, SuiteError, TrainingError
 from kallm_bench.files import DiskError
-from kallm_bench.filing import Bench, find_ref
+from kallm_bench.filing import Bench, Stage, find_ref
 from kallm_bench.models import KANSpec, complete_spec, load_model, parameters_of, retrofit, save_checkpoint
 from kallm_bench.records import ResultsStore
 from kallm_bench.reporting import Row, build_tables
-from kallm_bench.suites import find_suite, read_suite
+from kallm_bench.suites import DEVICES, find_suite, read_suite
 from kallm_bench.training import CurriculumSettings, DistillationSettings, parameters_in
 
 SHIPPED = sorted((Path(__file__).parent.parent / "suites").glob("*.toml"))
 
 
+@pytest.mark.parametrize("device", ["", *DEVICES])
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_every_shipped_suite_reads(path: Path) -> None:
-    suite = read_suite(path)
+def test_every_shipped_suite_reads(path: Path, device: str) -> None:
+    suite = read_suite(path, device=device)
     assert suite.name == path.stem
     assert suite.description
     assert find_suite(path.stem) == path
     assert len({(cell.arm, cell.seed) for cell in suite.cells}) == len(suite.cells)
     assert suite.cells or suite.kernels
+    assert f"`{suite.name}`" in (path.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_arm_overrides_the_suite_and_seeds_reach_every_stage(tmp_path: Path) -> None:
@@ -70,6 +72,22 @@ def test_questions_can_be_asked_by_several_protocols(tmp_path: Path) -> None:
     assert [(each.protocol, each.limit) for each in second.evals] == [("zeroshot", 3)]
 
 
+def test_sizes_may_be_those_of_a_device(tmp_path: Path) -> None:
+    path = tmp_path / "try.toml"
+    path.write_text(
+        "[profile]\nbatch = 32\nlength = 512\ncpu = {batch = 2, repeats = 3}\n"
+        '[[arm]]\nname = "a"\n[[arm]]\nname = "b"\nprofile.batch = 8\nprofile.cuda.length = 64\n'
+    )
+    sizes = {
+        device: [(each.profile.batch, each.profile.length, each.profile.repeats) for each in suite.cells]
+        for device in ("", *DEVICES)
+        for suite in [read_suite(path, device=device)]
+    }
+    assert sizes == {
+        "": [(32, 512, 5), (8, 512, 5)], "cpu": [(2, 512, 3), (8, 512, 3)], "cuda": [(32, 512, 5), (8, 64, 5)]
+    }  # fmt: skip
+
+
 def test_model_and_data_are_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "suites").mkdir()
@@ -90,6 +108,11 @@ def test_model_and_data_are_parameters(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_suite(path, data="some/data").cells[0].train.heldout is None
     with pytest.raises(SuiteError, match="pass --data too"):
         read_suite(path, heldout="some/data")
+    assert one.cut.data is None
+    path.write_text('[cut]\nblocks = 3\ndata = "./a.jsonl"\n[[arm]]\nname = "one"\n')
+    assert read_suite(path).cells[0].cut.data == str(tmp_path / "suites" / "a.jsonl")
+    cut = read_suite(path, data="./x.jsonl").cells[0].cut
+    assert (cut.blocks, cut.data) == (3, str(tmp_path / "x.jsonl"))
 
 
 KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
@@ -114,6 +137,8 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('[[arm]]\nname = "a/b"\n', "'name' of letters"),
         ('[[arm]]\nname = "a"\nbasis = 3\nblocks = "1"\n', "basis must be text"),
         ('[[arm]]\nname = "a"\nbasis = "cheby2"\nblocks = 3\n', "blocks must be text"),
+        ('[[arm]]\nname = "a"\nprofile.cpu = 3\n', "cpu should be like"),
+        ('[[arm]]\nname = "a"\nprofile.cpu.batsch = 3\n', "Did you mean 'batch'"),
         ('seeds = 3\n[[arm]]\nname = "a"\n', "seeds should be like"),
         ('seeds = ["x"]\n[[arm]]\nname = "a"\n', "whole numbers"),
         ("arm = 3\n", "arm should be like"),
@@ -360,6 +385,14 @@ def test_arms_compute_in_the_dtypes_they_name(bench: Bench, tmp_path: Path) -> N
     assert [forecast.trouble for forecast in engine.foresee_suite(bench, suite)] == ["", ""]
     over = [cell.dtype for cell in read_suite(_said(tmp_path, "float16"), only=["kan"]).cells]
     assert over == ["float16"]
+
+
+def test_records_of_one_moment_are_read_in_the_order_they_came_in(bench: Bench) -> None:
+    """Work that is only filed again takes no time, and a row is about the newest record."""
+    stages = ["retrofit", "profile", "retrofit"]  # not in the order of the alphabet, in which ids of one second are
+    for stage in stages:
+        Stage(bench, stage, {"spec": {}}).finish([])
+    assert [record.stage for record in bench.store.records()] == stages
 
 
 def _said(folder: Path, dtype: str) -> Path:

@@ -7,9 +7,11 @@ import re
 import pytest
 
 from kallm_bench.records import METRICS, kind_of
-from kallm_bench.reporting import Figure, written
+from kallm_bench.reporting import Figure, Table, written
+from kallm_bench.reporting.html import to_html
 from kallm_bench.reporting.notes import together
-from kallm_bench.reporting.text import parts
+from kallm_bench.reporting.table import Row
+from kallm_bench.reporting.text import grid, markdown_table, parts
 
 
 def test_reservations_that_differ_in_a_share_are_one() -> None:
@@ -93,3 +95,41 @@ def test_no_metric_of_any_size_is_written_as_zero(metric: str) -> None:
     for power in range(0 if whole else -7, 7):
         text = written(metric, Figure(3.3 * 10**power), headed=False)
         assert re.search("[1-9]", text) or text.startswith("+"), text
+
+
+def asked(name: str, way: str, accuracy: float, loss: float = 2.5, **more: object) -> Row:
+    figures = {"heldout_loss": Figure(loss), "accuracy": Figure(accuracy)}
+    return Row(name, "a KAN", 3, figures, way=way, number=int(bool(way)), asked=way, **more)  # type: ignore[arg-type]
+
+
+def table_of(*rows: Row) -> Table:
+    return Table("s", "t", rows, (), ("heldout_loss", "accuracy"), ("held-out loss", "accuracy"))
+
+
+GUESSING = [Row(f"guessing ({way})", "no model", 0, {"accuracy": Figure(0.25)}, asked=way) for way in ("chat", "other")]
+
+
+def test_scores_of_several_protocols_stand_side_by_side() -> None:
+    lone = Row("late", "a KAN", 3, {"accuracy": Figure(0.5)}, asked="chat")
+    table = table_of(asked("kan", "chat", 0.4), asked("kan", "other", 0.3), lone, *GUESSING)
+    assert grid(table) == [
+        ["arm", "what", "seeds", "held-out loss", "accuracy, chat", "accuracy, other"],
+        ["kan", "a KAN", "3", "2.500", "40.0 %", "30.0 %"],
+        ["late", "a KAN", "3", "–", "50.0 %", "–"],
+        ["guessing", "no model", "", "–", "25.0 %", "25.0 %"],
+    ]
+    assert markdown_table(table, notes=False).splitlines()[1] == "| --- | --- | --- | --: | --: | --: |"
+    assert "accuracy, other" in to_html([table])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (asked("kan", "chat", 0.4), asked("kan", "other", 0.3, loss=2.6)),
+        (asked("kan", "chat", 0.4), asked("linear", "other", 0.3)),
+        (asked("kan", "chat", 0.4), asked("kan", "chat", 0.3)),
+    ],
+    ids=["not of one training", "not of one arm", "asked the same"],
+)
+def test_rows_that_differ_in_more_than_scores_stay_apart(rows: tuple[Row, Row]) -> None:
+    assert [line[0] for line in grid(table_of(*rows))[1:]] == [row.label for row in rows]

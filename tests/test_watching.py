@@ -29,6 +29,8 @@ from kallm_bench.progress import nobody
 from kallm_bench.records import Metric, ResultsStore, RunRecord
 from kallm_bench.training import (
     ALONE,
+    DistillationSettings,
+    Teacher,
     TrainResult,
     TrainSettings,
     apply_scope,
@@ -333,6 +335,21 @@ def test_a_dry_run_of_training_counts_what_training_does(home: Path, kallm: Run)
     assert coming["seconds"] > 0
     code, _, err = kallm(*WORDS[:4], "--tokens", "999999", "--row-length", "32", "--dry-run")
     assert (code, "take at most" in err) == (1, True)
+
+
+def test_a_trial_has_the_teacher_that_training_would_have(
+    home: Path, kallm: Run, tiny_llama: Any, bundled_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(home / "base", tiny_llama(), bundled_tokenizer)
+    given = []
+    own = budget.train
+    monkeypatch.setattr(budget, "train", lambda *a, **named: [given.append(named["teaching"]), own(*a, **named)][1])
+    assert kallm(*WORDS, "--dry-run", "--json")[0] == 0
+    assert not any(given)
+    code, _, err = kallm(*WORDS, "--distill", "0.5", "--base", "base", "--dry-run", "--json")
+    assert code == 0, err
+    assert given[-1].func is Teacher
+    assert given[-1].keywords["settings"] == DistillationSettings(0.5)
 
 
 def test_what_it_would_take_is_shown_with_whether_it_fits(

@@ -94,7 +94,7 @@ def load_questions(
     elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
         label, everything = source, _from_hub(source, tasks or among)
     else:
-        raise BBHError(f"no folder '{source}' with BIG-Bench Hard in it")
+        raise BBHError(f"no folder '{source}' with BIG-Bench Hard in it; `kallm fetch bbh` gets it")
     majority = {
         task: collections.Counter(q.target for q in questions).most_common(1)[0][0]
         for task, questions in everything.items()

@@ -55,17 +55,21 @@ def run(
     """
     from kallm_bench import engine
     from kallm_bench.budget import Room
+    from kallm_bench.profiling import find_device
     from kallm_bench.suites import find_suite, read_suite
 
     arms = read_names(only, "--only") if only else []
     named_stages = read_names(stages, "--stages") if stages else []
     read = read_suite(
-        find_suite(suite), arms, read_numbers(seeds) if seeds else None, model, data, heldout, named_stages
-    )
+        find_suite(suite), arms, read_numbers(seeds) if seeds else None, model, data, heldout, named_stages,
+        find_device(device).type,
+    )  # fmt: skip
     if dtype != "auto" and any(cell.dtype for cell in read.cells):
         raise typer.BadParameter("this suite says itself what its arms compute in", param_hint="--dtype")
     if dry_run:
-        bench = make_bench(results, console.Display(silent=True), device, dtype, batch_size, dry=True)
+        bench = make_bench(
+            results, console.Display(silent=True), device, dtype, batch_size, prefix_cache=prefix_cache, dry=True
+        )
         console.show_cells(engine.foresee_suite(bench, read), Room.of(bench.device, bench.runs), as_json)
         return
     other = {"--model": model, "--data": data, "--heldout": heldout}

@@ -115,7 +115,7 @@ def train(
                     base=find_ref(base, trust_remote_code) if base else None,
                 )
             if dry_run:
-                coming = engine.try_training(bench, ref, settings)
+                coming = engine.try_training(bench, ref, settings, lessons)
             else:
                 record = engine.train_model(bench, ref, settings, out, lessons=lessons, replace=force, resume=resume)
         if dry_run:

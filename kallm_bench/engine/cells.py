@@ -11,10 +11,11 @@ from transformers import PreTrainedConfig
 from kallm_bench.bbh.evaluate import prepare
 from kallm_bench.engine.costs import profile
 from kallm_bench.engine.cutting import cut_model
-from kallm_bench.engine.data import data_of
+from kallm_bench.engine.data import data_of, fingerprint_of, tokenizer_of
 from kallm_bench.engine.lessons import Lessons
 from kallm_bench.engine.questions import eval_bbh
 from kallm_bench.engine.retrofitting import retrofit
+from kallm_bench.engine.starting import SEEN
 from kallm_bench.engine.training import train_model
 from kallm_bench.filing import Bench, ModelRef, find_ref, ref_after
 from kallm_bench.models import (
@@ -24,15 +25,15 @@ from kallm_bench.models import (
     complete_spec,
     cut_config,
     load_config,
-    load_tokenizer,
     parameters_of,
     skeleton_of,
     specs_of,
 )
 from kallm_bench.profiling import find_dtype
 from kallm_bench.records import RunRecord
+from kallm_bench.sharing import Shared
 from kallm_bench.suites import Cell
-from kallm_bench.training import check_scope, find_texts, make_curriculum, tokenizer_fingerprint
+from kallm_bench.training import check_scope, find_texts, make_curriculum
 
 
 def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None) -> list[RunRecord]:
@@ -43,6 +44,8 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     """
     bench = bench_of(bench, cell)
     records, ref, _ = _learned(bench, cell, begin)
+    if {"eval-bbh", "profile"} & set(cell.stages):
+        bench.shared.forget(SEEN)
     if "eval-bbh" in cell.stages:
         begin(part_of(cell, "eval-bbh"))
         records += [eval_bbh(bench, ref, each) for each in cell.evals]
@@ -73,12 +76,21 @@ def _learned(
     if (wanted := spec_of(cell, ref)) is not None:
         spec, text = wanted, _calibration_of(cell)
         records.append(retrofit(bench, start, spec, calibration=text, weights_needed=False))
-        ref = ref_after(records[-1], start, remake=lambda: retrofit(bench, start, spec, calibration=text))
+        ref = ref_after(records[-1], start, remake=lambda: _again(bench, start, spec, text))
     if "train" in cell.stages:
+        bench.shared.forget(SEEN)
         begin(part_of(cell, "train"))
         records.append(train_model(bench, ref, cell.train, lessons=_lessons_of(cell, start, untouched)))
         ref = ref_after(records[-1], ref)
     return records, ref, untouched
+
+
+def _again(bench: Bench, start: ModelRef, spec: KANSpec, text: CalibrationSettings | None) -> RunRecord:
+    """A retrofit whose weights are gone, in the midst of the stage that needs them."""
+    try:
+        return retrofit(bench, start, spec, calibration=text)
+    finally:
+        bench.shared.forget(SEEN)
 
 
 def _cut_ref(bench: Bench, ref: ModelRef, settings: CutSettings) -> ModelRef:
@@ -132,8 +144,13 @@ def _calibration_of(cell: Cell) -> CalibrationSettings | None:
     return cell.calibration if cell.spec and cell.spec.needs_calibration else None
 
 
-def check_cell(cell: Cell) -> None:
-    """Asks of every stage of a cell whether it can be, before the first one runs. Raises what that stage would."""
+def check_cell(cell: Cell, shared: Shared | None = None) -> None:
+    """Asks of every stage of a cell whether it can be, before the first one runs. Raises what that stage would.
+
+    Args:
+        shared: what is found here and needed again.
+    """
+    shared = shared or Shared()
     ref = find_ref(cell.model)
     config = config_of(cell, ref)
     if cell.cut.data:
@@ -150,8 +167,8 @@ def check_cell(cell: Cell) -> None:
         _check_lessons(cell, lessons, config, spec)
     if cell.profile.scope != "none" and "profile" in cell.stages:
         check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
-    tokenizer = load_tokenizer(ref.open())
-    tokenizer_fingerprint(tokenizer)
+    tokenizer = tokenizer_of(ref.open(), shared)
+    fingerprint_of(tokenizer, shared)
     if "train" in cell.stages:
         data_of(cell.train)
     if "eval-bbh" in cell.stages:

@@ -1,4 +1,4 @@
-"""The texts that a stage learns from or is calibrated on, and those that are held out."""
+"""The tokenizer and the texts that a stage learns from or is calibrated on, and those that are held out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from kallm_bench.errors import DataError
-from kallm_bench.files import cache_folder
-from kallm_bench.models import CalibrationSettings
+from kallm_bench.files import cache_folder, sha256
+from kallm_bench.models import CalibrationSettings, Source, load_config, load_tokenizer, weights_folder
+from kallm_bench.models.shards import BESIDE
+from kallm_bench.sharing import Shared
 from kallm_bench.training import (
     DataSource,
     DataTable,
@@ -17,7 +19,26 @@ from kallm_bench.training import (
     find_texts,
     prepare,
     prepare_texts,
+    tokenizer_fingerprint,
 )
+
+
+def tokenizer_of(source: Source, shared: Shared) -> Any | None:
+    """The model's tokenizer, which checkpoints that were made of one model share; None where it has none.
+
+    It has to stay as it is: take load_tokenizer for one to change. Raises as load_tokenizer does.
+    """
+    if source.trust_remote_code:  # code that comes with it may read whatever it likes
+        return load_tokenizer(source)
+    folder = weights_folder(source)
+    files = sorted(path for pattern in BESIDE for path in folder.glob(pattern) if path.is_file())
+    described = (load_config(source).model_type, *((str(path.relative_to(folder)), sha256(path)) for path in files))
+    return shared.once("tokenizer", described, lambda: load_tokenizer(source))
+
+
+def fingerprint_of(tokenizer: Any, shared: Shared) -> str:
+    """tokenizer_fingerprint of one that stays as it is. Raises as that does."""
+    return shared.once("fingerprint", tokenizer, lambda: tokenizer_fingerprint(tokenizer))
 
 
 def data_of(
@@ -31,9 +52,18 @@ def data_of(
     return data, heldout
 
 
-def rows_of(settings: TrainSettings, tokenizer: Any, packing: Callable[[int, int], None]) -> tuple[Rows, Rows]:
+def rows_of(
+    settings: TrainSettings | CalibrationSettings, tokenizer: Any, packing: Callable[[int, int], None], shared: Shared
+) -> tuple[Rows, Rows]:
     """What is trained on, and what is held out."""
-    if settings.task == "classify":
+    data, heldout = data_of(settings)
+    if isinstance(settings, TrainSettings) and settings.task == "classify":
         rows, kept = prepare_texts(settings.data, tokenizer, settings.row_length, settings.heldout)
         return rows.enough_for(settings.steps * settings.rows_per_step), kept
-    return prepare(settings.data, tokenizer, settings.row_length, cache_folder(), settings.heldout, progress=packing)
+    cache = cache_folder()
+    texts = (settings.data, data.fingerprint, settings.heldout, heldout and heldout.fingerprint)
+    return shared.once(
+        "rows",
+        (*texts, tokenizer, settings.row_length, cache),
+        lambda: prepare(settings.data, tokenizer, settings.row_length, cache, settings.heldout, progress=packing),
+    )

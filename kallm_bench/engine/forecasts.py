@@ -50,9 +50,9 @@ def foresee_suite(bench: Bench, suite: Suite) -> list[CellForecast]:
 
 def _foresee_cell(bench: Bench, suite: str, cell: Cell, records: Sequence[RunRecord]) -> Budget:
     bench, ref = bench_of(bench, cell), find_ref(cell.model)
-    config = config_of(cell, ref)
+    config, ways = config_of(cell, ref), ways_of(bench, cell.train)
     wanted = Wanted(
         suite, cell.arm, config, spec_of(cell, ref, config), cell.train, bench.device, bench.dtype,
-        ways_of(bench, cell.train)["batch_rows"],
+        ways["batch_rows"], fast=ways["fast"], kept=ways["cache"] is not None,
     )  # fmt: skip
     return foresee(wanted, records)

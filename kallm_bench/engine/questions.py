@@ -12,12 +12,12 @@ from typing import Any
 from kallm_bench.bbh.evaluate import EvalSettings, Exam, ask, figures, prepare
 from kallm_bench.bbh.samples import Unfinished
 from kallm_bench.engine.checkpoints import describe_checkpoint
+from kallm_bench.engine.data import fingerprint_of, tokenizer_of
 from kallm_bench.errors import BBHError, KallmError
 from kallm_bench.files import write_file
 from kallm_bench.filing import Bench, ModelRef, Stage
 from kallm_bench.models import load_tokenizer, load_weights
 from kallm_bench.records import RunRecord
-from kallm_bench.training import tokenizer_fingerprint
 
 
 def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
@@ -28,7 +28,7 @@ def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
     """
     processes = bench.processes
     with processes.in_turn():
-        tokenizer = load_tokenizer(ref.open())
+        tokenizer = tokenizer_of(ref.open(), bench.shared)
         exam = prepare(settings, tokenizer)
     stage = stage_of(bench, ref, settings, exam, tokenizer)
     if processes.tell(stage.key) != stage.key:
@@ -45,7 +45,7 @@ def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
 def stage_of(bench: Bench, ref: ModelRef, settings: EvalSettings, exam: Exam, tokenizer: Any) -> Stage:
     """The stage under whose key the record of these questions to this model is found."""
     asked = {"limit": settings.limit, "questions_seed": settings.questions_seed}
-    described = exam.described() | asked | {"tokenizer": tokenizer_fingerprint(tokenizer)} | bench.place
+    described = exam.described() | asked | {"tokenizer": fingerprint_of(tokenizer, bench.shared)} | bench.place
     return Stage(bench, "eval-bbh", described, ref)
 
 

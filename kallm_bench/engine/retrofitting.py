@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from kallm_bench.engine.checkpoints import base_of, describe_checkpoint, size_metrics
+from kallm_bench.engine.data import tokenizer_of
 from kallm_bench.engine.starting import describe_calibration, start
 from kallm_bench.filing import Bench, ModelRef, Stage, parameter_count
 from kallm_bench.models import (
@@ -20,7 +22,6 @@ from kallm_bench.models import (
     is_tight,
     load_config,
     load_model,
-    load_tokenizer,
     load_weights,
     open_original,
     save_checkpoint,
@@ -61,8 +62,8 @@ def retrofit(
         described["weights_dtype"] = str(dtype).removeprefix("torch.")
     tokenizer = None
     if calibration:
-        tokenizer = load_tokenizer(ref.open())
-        described |= {"calibration": describe_calibration(calibration, tokenizer), **bench.place}
+        tokenizer = tokenizer_of(ref.open(), bench.shared)
+        described |= {"calibration": describe_calibration(calibration, tokenizer, bench.shared), **bench.place}
     stage = Stage(bench, "retrofit", described, ref)
     stage.folder = out or bench.runs / _checkpoint_name(ref.label, spec, stage.key)
     with stage.claimed(weights_needed) as done:
@@ -79,13 +80,14 @@ def retrofit(
         )
         if original is None or whole:
             original = Original(weights_folder(source), load_weights(source, computes_in, place))
-            tokenizer = tokenizer or load_tokenizer(source)
+            tokenizer = tokenizer or tokenizer_of(source, bench.shared)
         elif calibration:
             streaming = original.streamed(place)
         model = original.model
+        origin = (ref.fingerprint, bool(whole), json.dumps([described.get("calibration"), bench.place]))
         bench.watch("retrofit", 1, 3, f"{len(spec.blocks)} blocks, start '{spec.start}'")
         with streaming:
-            found, about = start(bench, model, tokenizer, spec, calibration)
+            found, about = start(bench, model, tokenizer, spec, calibration, origin)
         bench.watch("retrofit", 2, 3, "saving")
         if original.fits:
             original.save_changed(stage.folder, lineage=stage.lineage(), base=stage.base, replace=replace)

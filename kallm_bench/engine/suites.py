@@ -30,7 +30,7 @@ def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda 
     bench.watch("checking the suite", 0, 1)
     for cell in suite.cells:
         try:
-            check_cell(cell)
+            check_cell(cell, bench.shared)
         except KallmError as error:
             raise type(error)(f"arm '{cell.arm}': {error}") from error
     ran = Ran([], {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from transformers import PreTrainedModel
 
 from kallm_bench.budget import Budget, try_run
 from kallm_bench.engine.checkpoints import describe_checkpoint
-from kallm_bench.engine.data import data_of, rows_of
+from kallm_bench.engine.data import data_of, fingerprint_of, rows_of, tokenizer_of
 from kallm_bench.engine.lessons import NO_LESSONS, Lessons
 from kallm_bench.errors import TrainingError
 from kallm_bench.files import cache_folder, sha256
 from kallm_bench.filing import Bench, ModelRef, Stage
-from kallm_bench.models import load_model, load_tokenizer, load_weights, save_checkpoint
+from kallm_bench.models import load_model, load_weights, save_checkpoint
 from kallm_bench.profiling import describe_run, heldout_curve, peak_memory, surrounded
 from kallm_bench.progress import Log, nowhere
 from kallm_bench.records import Metric, RunRecord
@@ -27,6 +28,7 @@ from kallm_bench.training import (
     CLASSIFIER,
     DataSource,
     DataTable,
+    DistillationSettings,
     LabelledRows,
     Rows,
     Teacher,
@@ -39,7 +41,6 @@ from kallm_bench.training import (
     merge,
     parameters_in,
     put_head,
-    tokenizer_fingerprint,
     tracking,
     train,
     write_head,
@@ -70,8 +71,8 @@ def train_model(
     with processes.in_turn():
         data, heldout = data_of(settings)
     bench.watch("loading the model", 0, 1)
-    tokenizer = load_tokenizer(ref.open())
-    described = settings.described() | bench.place | {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    tokenizer = tokenizer_of(ref.open(), bench.shared)
+    described = settings.described() | bench.place | {"tokenizer": fingerprint_of(tokenizer, bench.shared)}
     described |= {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
     lessons = (lessons if settings.steps else NO_LESSONS).of(ref)
     lessons.check(settings)
@@ -121,14 +122,12 @@ def _train(
     model = load("cpu" if bench.sharded else bench.device)
     base = load(model.device, lessons.base) if lessons.base else None
     curriculum = make_curriculum(model, lessons.curriculum, settings, base)
-    teaching = (
-        functools.partial(Teacher, base=base, settings=lessons.distillation) if lessons.distillation.active else None
-    )
+    teaching = _teaching(lessons.distillation, base)
     del base  # a curriculum keeps of it what stood where something was put
     with processes.in_turn():
         if settings.steps:  # refused before the data is packed
             parameters_in(model, settings.scope, settings.tail_from, settings.lora)
-        rows, kept = rows_of(settings, tokenizer, packing)
+        rows, kept = rows_of(settings, tokenizer, packing, bench.shared)
     own_head = _ready(model, rows, settings, ref)
     looking: AbstractContextManager[list[str]] = nullcontext([])
     if processes.count == 1:  # else what seems another's is this run's own
@@ -209,8 +208,11 @@ def _ready(model: PreTrainedModel, rows: Rows, settings: TrainSettings, ref: Mod
     return put_head(model, rows.names, settings.seed, folder)
 
 
-def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings) -> Budget:
+def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings, lessons: Lessons = NO_LESSONS) -> Budget:
     """What training a checkpoint would take here, from a few steps of it. Only the cache of tokenised data is written.
+
+    Args:
+        lessons: whose distillation is tried too, and whose curriculum, of which each step is another, is not.
 
     Raises:
         TrainingError: several processes; what training itself would refuse.
@@ -218,6 +220,8 @@ def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings) -> Budget
     if bench.processes.count > 1:
         raise TrainingError("--dry-run measures on one process; start it without torchrun")
     data_of(settings)
+    lessons = (lessons if settings.steps else NO_LESSONS).of(ref)
+    lessons.check(settings)
     bench.watch("loading the model", 0, 1)
     model, tokenizer = load_model(ref.open(), torch.float32, bench.device)
     if settings.steps:  # refused before the data is packed
@@ -226,9 +230,19 @@ def try_training(bench: Bench, ref: ModelRef, settings: TrainSettings) -> Budget
     def packing(done: int, total: int) -> None:
         bench.watch("packing conversations", done, total)
 
-    rows, kept = rows_of(settings, tokenizer, packing)
+    rows, kept = rows_of(settings, tokenizer, packing, bench.shared)
     _ready(model, rows, settings, ref)
-    return try_run(model, rows, kept, settings, ways_of(bench, settings) | {"cache": None}, bench.watch)
+    base = load_weights(lessons.base.open(), torch.float32, bench.device) if lessons.base else None
+    return try_run(
+        model, rows, kept, settings, ways_of(bench, settings), bench.watch, _teaching(lessons.distillation, base)
+    )
+
+
+def _teaching(
+    settings: DistillationSettings, base: PreTrainedModel | None
+) -> Callable[[PreTrainedModel], Teacher] | None:
+    """What makes the teacher of a model, where it is to have one."""
+    return functools.partial(Teacher, base=base, settings=settings) if settings.active else None
 
 
 def ways_of(bench: Bench, settings: TrainSettings) -> dict[str, Any]:

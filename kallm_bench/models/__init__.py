@@ -1,6 +1,6 @@
 """Which model, where its feed-forward parts are, how one is replaced, saved and loaded."""
 
-from kallm_bench.models.calibration import Calibration, CalibrationSettings, is_tight
+from kallm_bench.models.calibration import Calibration, CalibrationSettings, Seen, is_tight
 from kallm_bench.models.checkpoint import (
     Original,
     load_checkpoint,
@@ -39,6 +39,7 @@ __all__ = [
     "CutSettings",
     "KANSpec",
     "Original",
+    "Seen",
     "Source",
     "blocks_to_revert",
     "complete_spec",

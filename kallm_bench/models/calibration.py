@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class Calibration:
     Args:
         tokens, positions: (N, T) int64: token ids, and their positions, which begin again with each document.
         heldout: how many of the N rows, the last ones, are only judged on.
+        seen: what the same model showed on the same rows before, and where what it shows now is kept for the next
+            start; None where nothing is.
 
     Raises:
         SpecError: no row left to learn from, or none to judge on.
@@ -61,6 +63,7 @@ class Calibration:
     tokens: Tensor
     positions: Tensor
     heldout: int
+    seen: Seen | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.heldout < len(self.tokens):
@@ -73,6 +76,29 @@ class Part:
 
     seen: Mapping[Site, tuple[Tensor, Tensor]]
     rows: int
+
+
+@dataclass
+class Seen:
+    """What a model showed at some sites, from one start to the next.
+
+    Args:
+        sites: which; what was seen at others goes.
+        parts: first row -> what the batch that begins there showed.
+        typical: see Activations.
+        room: bytes that parts may still take; None before the first start.
+    """
+
+    sites: tuple[Site, ...] = ()
+    parts: dict[int, Part] = field(default_factory=dict)
+    typical: dict[Site, Tensor] = field(default_factory=dict)
+    room: int | None = None
+
+    def at(self, sites: tuple[Site, ...]) -> Seen:
+        """Itself, empty where it has seen other sites."""
+        if self.sites != sites:
+            self.sites, self.parts, self.typical, self.room = sites, {}, {}, None
+        return self
 
 
 class Activations:
@@ -100,9 +126,10 @@ class Activations:
             "decide": range(learning - deciding, learning),
             "judge": range(learning, len(calibration.tokens)),
         }
-        self._kept: dict[int, Part] = {}
-        self._room = int(KEEP * _free_bytes(model.device))
-        self.typical: dict[Site, Tensor] = {}
+        self._seen = (calibration.seen or Seen()).at(tuple(modules))
+        if self._seen.room is None:
+            self._seen.room = int(KEEP * _free_bytes(model.device))
+        self.typical = self._seen.typical
         """The median of |y|² over the first batch."""
 
     @property
@@ -142,8 +169,9 @@ class Activations:
         return (y.double().square().sum(-1) + self.typical[site]).rsqrt()
 
     def _part(self, start: int, stop: int) -> Part:
-        if start in self._kept and self._kept[start].rows == stop - start:
-            return self._kept[start]
+        kept = self._seen.parts.get(start)
+        if kept and kept.rows == stop - start:
+            return kept
         tokens, positions = self._rows(start, stop)
         part = Part(answers(self.model, self.modules, tokens, positions), stop - start)
         for site, (_, y) in part.seen.items():
@@ -154,9 +182,9 @@ class Activations:
                 )
             self.typical.setdefault(site, y.double().square().sum(-1).median().clamp_min(1e-30))
         size = sum(tensor.nbytes for pair in part.seen.values() for tensor in pair)
-        if size <= self._room:
-            self._room -= size
-            self._kept[start] = part
+        if self._seen.room is not None and size <= self._seen.room:
+            self._seen.room -= size
+            self._seen.parts[start] = part
         return part
 
     def _rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -13,7 +16,7 @@ from kallm_bench.kan.layers import has_degree, names_degree, read_mix
 from kallm_bench.models.anatomy import Anatomy
 from kallm_bench.models.convert import conversion
 from kallm_bench.models.replacement import make_replacement, winning_specs
-from kallm_bench.models.sites import intermediate_size, linear_layers, original_at
+from kallm_bench.models.sites import Site, intermediate_size, linear_layers, original_at
 from kallm_bench.models.spec import KANSpec
 
 RANK = 16
@@ -72,9 +75,25 @@ def complete(spec: KANSpec, anatomy: Anatomy, before: list[KANSpec]) -> KANSpec:
 
 def count_parameters(spec: KANSpec, anatomy: Anatomy) -> int:
     """How many parameters a spec with `hidden` puts into all of its blocks."""
+    return _count(spec, anatomy, _alike(anatomy, spec))
+
+
+def _alike(anatomy: Anatomy, spec: KANSpec) -> list[tuple[Site, int]]:
+    """Of all places that a spec fills, one of each kind, and how many are of that kind."""
+    kinds: dict[Any, list[Site]] = {}
+    for site in anatomy.sites(spec):
+        shapes = tuple(parameter.shape for parameter in original_at(anatomy.model, site).parameters())
+        kinds.setdefault((site.part, site.label, shapes), []).append(site)
+    return [(sites[0], len(sites)) for sites in kinds.values()]
+
+
+def _count(spec: KANSpec, anatomy: Anatomy, alike: Sequence[tuple[Site, int]]) -> int:
+    total = 0
     with torch.device("meta"):
-        modules = [make_replacement(anatomy, site, spec) for site in anatomy.sites(spec)]
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+        for site, count in alike:
+            module = make_replacement(anatomy, site, spec)
+            total += count * sum(parameter.numel() for parameter in module.parameters())
+    return total
 
 
 def replaced_parameters(spec: KANSpec, anatomy: Anatomy) -> int:
@@ -155,10 +174,11 @@ def _hidden_for(spec: KANSpec, anatomy: Anatomy) -> int:
     """The hidden size whose parameter count is nearest to `spec.params`."""
     wanted = replaced_parameters(spec, anatomy) if spec.params == "original" else spec.params
     assert isinstance(wanted, int)
-    unit = _unit(spec)
+    unit, alike = _unit(spec), _alike(anatomy, spec)
 
+    @functools.cache
     def count(units: int) -> int:
-        return count_parameters(dataclasses.replace(spec, hidden=units * unit, params=None), anatomy)
+        return _count(dataclasses.replace(spec, hidden=units * unit, params=None), anatomy, alike)
 
     low, high = 1, 2
     while count(high) < wanted and high < 2**16:

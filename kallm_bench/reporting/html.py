@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kallm_bench.records import kind_of
+from kallm_bench.reporting.beside import side_by_side
 from kallm_bench.reporting.plots import INK, RULE, Drawing, drawings_of, rendered
 from kallm_bench.reporting.published import PUBLISHED, PUBLISHED_NOTE
 from kallm_bench.reporting.table import Row, Table
@@ -73,6 +74,7 @@ def _coded(note: str) -> Any:
 
 def _table(table: Table) -> dict[str, Any]:
     """What the template shows of a table: columns of words, then of figures."""
+    table = side_by_side(table)
     first = about(table)
     return {
         "title": table.title,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kallm_bench.records import kind_of
+from kallm_bench.reporting.beside import side_by_side
 from kallm_bench.reporting.published import PUBLISHED, PUBLISHED_NOTE, PUBLISHED_TITLE
 from kallm_bench.reporting.rows import STAGE_COLUMNS
 from kallm_bench.reporting.table import Figure, Row, Table
@@ -132,6 +133,7 @@ def grid(table: Table) -> list[list[str]]:
             [row.name if row.name != before else "", row.what, *(_text(row, metric) for metric in table.metrics)]
             for before, row in zip(problems[:-1], table.rows, strict=True)
         ]
+    table = side_by_side(table)
     lines = [[*about(table), *table.words, *table.headings]]
     for row in table.rows:
         told = {"arm": row.label, "problem": row.label, "what": row.what, "seeds": str(row.seeds or "")}
@@ -172,7 +174,7 @@ def published_grid(tables: Sequence[Table]) -> list[list[str]]:
 def markdown_table(table: Table, notes: bool) -> str:
     """One table as lines of text, with its notes below it where they are asked for."""
     header, *lines = grid(table)
-    text = _markdown(header, lines, len(table.metrics)) + "\n"
+    text = _markdown(header, lines, len(side_by_side(table).metrics)) + "\n"
     return text + ("\n" + "".join(f"- {note}\n" for note in table.notes) if notes else "")
 
 

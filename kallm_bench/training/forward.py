@@ -31,7 +31,7 @@ from kallm_bench.training.data import IGNORE, Rows
 from kallm_bench.training.entry import entered, left, place_to_split
 from kallm_bench.training.graphs import FrozenGraph, learning_graph
 from kallm_bench.training.loss import Objective, logits_of, loss_of
-from kallm_bench.training.prefix_cache import PrefixCache
+from kallm_bench.training.prefix_cache import PrefixCache, holds, place_of
 from kallm_bench.training.teacher import Teacher
 
 HALF = (torch.float16, torch.bfloat16)
@@ -181,14 +181,24 @@ class Forward:
         Raises:
             DiskError: too little room.
         """
-        changes = any(parameter.requires_grad for parameter in self.model.get_input_embeddings().parameters())
-        if folder is None or not self.first or changes:
+        if folder is None or not self._can_keep():
             return 0
         for rows, count in several.items():
             self._caches[rows.fingerprint] = PrefixCache(
                 folder, self.model, self.first, self._dtype, rows, count, self.autocast
             )
         return sum(cache.bytes for cache in self._caches.values())
+
+    def kept_all(self, folder: Path, several: Mapping[Rows, int]) -> bool:
+        """Whether an earlier run has kept all that `keep` would be asked for; changes nothing."""
+        return self._can_keep() and all(
+            holds(place_of(folder, self.model, self.first, self._dtype, rows, self.autocast), min(count, len(rows)))
+            for rows, count in several.items()
+        )
+
+    def _can_keep(self) -> bool:
+        embeddings = self.model.get_input_embeddings().parameters()
+        return bool(self.first) and not any(parameter.requires_grad for parameter in embeddings)
 
     def _attend_packed(self) -> None:
         """Turns packed attention on for as long as the context lasts, if it is as near the truth as masks are."""

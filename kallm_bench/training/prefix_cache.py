@@ -51,6 +51,23 @@ def prefix_fingerprint(model: PreTrainedModel, first: int) -> str:
     return digest.hexdigest()
 
 
+def place_of(
+    folder: Path, model: PreTrainedModel, first: int, dtype: torch.dtype, rows: Rows, autocast: torch.dtype | None
+) -> Path:
+    """The folder of what enters a block for the rows of one data set; arguments as PrefixCache."""
+    parts = [prefix_fingerprint(model, first), rows.fingerprint, str(first), str(dtype), str(autocast), "prefix-2"]
+    return folder / "prefix" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+
+
+def holds(place: Path, count: int) -> bool:
+    """Whether the cache in this folder says that it has the first `count` rows. Nothing is made or changed."""
+    try:
+        packed = np.frombuffer((place / "there.bin").read_bytes(), dtype=np.uint8)
+    except OSError:
+        return False
+    return bool(np.unpackbits(packed)[:count].all()) and 8 * len(packed) >= count
+
+
 class PrefixCache:
     """The hidden states that enter a block, for the rows of one data set.
 
@@ -78,8 +95,7 @@ class PrefixCache:
         autocast: torch.dtype | None = None,
     ) -> None:
         width = model.config.get_text_config(decoder=True).hidden_size
-        parts = [prefix_fingerprint(model, first), rows.fingerprint, str(first), str(dtype), str(autocast), "prefix-2"]
-        self.folder = folder / "prefix" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+        self.folder = place_of(folder, model, first, dtype, rows, autocast)
         self.rows = rows.fingerprint
         count = min(count, len(rows))
         self.bytes = size_of(rows, count, width, dtype)
