@@ -9,8 +9,19 @@ import pytest
 from kallm_bench.records import METRICS, kind_of
 from kallm_bench.reporting import Figure, Table, written
 from kallm_bench.reporting.html import to_html
+from kallm_bench.reporting.notes import together
 from kallm_bench.reporting.table import Row
 from kallm_bench.reporting.text import grid, markdown_table, parts
+
+
+def test_reservations_that_differ_in_a_share_are_one() -> None:
+    said = ["others take 20% of the CPU", "heat", "others take 22% of the CPU", "others take 9% of the GPU"]
+    assert together(said) == {
+        said[0]: "others take 20% to 22% of the CPU",
+        "heat": "heat",
+        said[2]: "others take 20% to 22% of the CPU",
+        said[3]: said[3],
+    }
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ def _show_costs(record: RunRecord, parts: Mapping[str, Mapping[str, Metric]]) ->
     Beside a number stands the spread of its samples where it is wide, and below the table what else there is to know.
     What could not be measured of any of them is left out.
     """
+    from kallm_bench.reporting.notes import together
+
     tables: dict[tuple[str, ...], list[str]] = {}
     for part, figures in parts.items():
         tables.setdefault(tuple(figures), []).append(part)
@@ -102,8 +104,8 @@ def _show_costs(record: RunRecord, parts: Mapping[str, Mapping[str, Metric]]) ->
         show_grid("", [headings, *rows])
         for part in alike:
             told = (word for name in measured for word in parts[part][name].note.split("; "))
-            if other := [word for word in dict.fromkeys(told) if word and not word.startswith("spread ")]:
-                streams.out.print(f"· {part}: {'; '.join(other)}", style="dim")
+            if other := together(word for word in told if word and not word.startswith("spread ")):
+                streams.out.print(f"· {part}: {'; '.join(dict.fromkeys(other.values()))}", style="dim")
 
 
 def _beside(record: RunRecord, metric: Metric) -> str:

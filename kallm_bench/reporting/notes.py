@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -170,6 +171,21 @@ RESERVED = ("prefill_tokens_per_second", "decode_tokens_per_second", "train_toke
 """Figures of a table that tell of reservations below it; of their spread they tell themselves."""
 
 
+def together(reservations: Iterable[str]) -> dict[str, str]:
+    """Each reservation -> what stands for it: those that differ in a share of 100 alone are one, with a range."""
+    shares: dict[str, set[int]] = {}
+    alike = {said: _SHARE.sub("{}", said, count=1) for said in reservations}
+    for said, form in alike.items():
+        shares.setdefault(form, set()).update(int(share) for share in _SHARE.findall(said)[:1])
+    ranges = {
+        form: f"{min(of)}% to {max(of)}%" if len(of) > 1 else f"{min(of, default=0)}%" for form, of in shares.items()
+    }
+    return {said: form.replace("{}", ranges[form]) for said, form in alike.items()}
+
+
+_SHARE = re.compile(r"\b(\d+)%")
+
+
 def _measurement_notes(arms: Sequence[Arm]) -> Iterable[str]:
     noted: dict[str, dict[str, dict[str, None]]] = {}  # reservation -> metric -> arms, in order
     for arm in arms:
@@ -178,7 +194,12 @@ def _measurement_notes(arms: Sequence[Arm]) -> Iterable[str]:
                 said = [part for part in metric.note.split("; ") if part and not part.startswith("spread")]
                 for reservation in said if metric.value is not None and metric.name in RESERVED else ():
                     noted.setdefault(reservation, {}).setdefault(metric.name, {})[arm.name] = None
-    for reservation, metrics in noted.items():
+    stands_for = together(noted)
+    merged: dict[str, dict[str, dict[str, None]]] = {}
+    for reservation, found in noted.items():
+        for name, of_arms in found.items():
+            merged.setdefault(stands_for[reservation], {}).setdefault(name, {}).update(of_arms)
+    for reservation, metrics in merged.items():
         where = "; ".join(f"{metric} of {', '.join(names)}" for metric, names in metrics.items())
         yield f"Measured with reservations: {reservation} ({where})."
 
