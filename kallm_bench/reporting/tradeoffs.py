@@ -20,13 +20,11 @@ SKILLS = ("accuracy", "class_accuracy", "heldout_loss", "class_loss")
 COSTS = (
     ("parameters",),
     tuple(f"{memory}_bytes{of}" for memory in ("peak_vram_allocated", "peak_resident") for of in ("", "/profile")),
-    (
-        "train_tokens_per_second/profile",
-        "train_tokens_per_second",
-    ),  # a run may have read from its cache, or had company
+    ("train_tokens_per_second/profile", "train_tokens_per_second"),
     ("decode_tokens_per_second",),
 )
-"""Across the page: of each, the first that two arms or more have."""
+"""Across the page: of each, the first that two arms or more have. A profile's speed before a run's, which may have had
+company, or read what another had to compute."""
 
 SCALES = {"fraction": (100, "%"), "parameters": (1e-6, "M"), "bytes": (2**-30, "GiB"), "tokens/s": (1e-3, "thousand/s")}
 """Unit -> by what a value is multiplied, and what it is then written in."""
