@@ -276,7 +276,8 @@ def _speed_notes(pairs: Sequence[tuple[Arm, Arm]]) -> Iterable[str]:
         if not all(all_runs):
             continue
         left = alike(*all_runs)
-        said = f"'{arm.label}' and '{other.label}'"
+        mine, theirs = (each.name if each.way else each.label for each in (arm, other))
+        said = f"'{mine}' and '{theirs}'"
         if not left[0]:
             apart.append(said)
         elif way_of(left[0][0]) == UNKNOWN:
