@@ -319,6 +319,16 @@ def test_nothing_is_imported_that_was_not_asked_for(home: Path, kallm: Run, monk
 # --- what it would take -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("free", "told"), [(10**5, True), (10**12, False)])
+def test_a_disk_that_may_be_too_small_is_told_before_the_work(
+    home: Path, kallm: Run, monkeypatch: pytest.MonkeyPatch, free: int, told: bool
+) -> None:
+    monkeypatch.setattr(Room, "of", lambda device, folder: Room(2**40, free))
+    code, _, err = kallm(*WORDS, "--json")
+    assert code == 0
+    assert ("the disk has 0.00 GB free" in " ".join(err.split())) == told
+
+
 def test_a_dry_run_of_training_counts_what_training_does(home: Path, kallm: Run) -> None:
     code, out, err = kallm(*WORDS, "--dry-run", "--json")
     assert code == 0, err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kallm_bench.budget import Budget, try_run
+from kallm_bench.budget import Budget, Room, try_run
 from kallm_bench.engine.checkpoints import describe_checkpoint
 from kallm_bench.engine.data import data_of, fingerprint_of, rows_of, tokenizer_of
 from kallm_bench.engine.lessons import NO_LESSONS, Lessons
 from kallm_bench.errors import TrainingError
 from kallm_bench.files import cache_folder, sha256
 from kallm_bench.filing import Bench, ModelRef, Stage
+from kallm_bench.footprint import ADAM_BYTES
 from kallm_bench.models import load_model, load_weights, save_checkpoint
 from kallm_bench.profiling import describe_run, heldout_curve, peak_memory, surrounded
 from kallm_bench.progress import Log, nowhere
@@ -126,7 +127,9 @@ def _train(
     del base  # a curriculum keeps of it what stood where something was put
     with processes.in_turn():
         if settings.steps:  # refused before the data is packed
-            parameters_in(model, settings.scope, settings.tail_from, settings.lora)
+            learning = parameters_in(model, settings.scope, settings.tail_from, settings.lora)
+            if processes.first and (warning := _lack_of_room(bench, stage, model, learning)):
+                bench.watch(warning, 0, 0)
         rows, kept = rows_of(settings, tokenizer, packing, bench.shared)
     own_head = _ready(model, rows, settings, ref)
     looking: AbstractContextManager[list[str]] = nullcontext([])
@@ -196,6 +199,19 @@ def _train(
     record = stage.finish(metrics, saved=True, data=about, model=model, samples=samples)
     describe_checkpoint(bench, stage.folder, model, record)
     return record
+
+
+def _lack_of_room(bench: Bench, stage: Stage, model: PreTrainedModel, learning: Sequence[torch.nn.Parameter]) -> str:
+    """What to say where the disk may be too small for the checkpoint beside the state; empty where it is not."""
+    parameters, learns = (sum(each.numel() for each in some) for some in (list(model.parameters()), learning))
+    needed = ADAM_BYTES * learns + max(ADAM_BYTES * learns, 4 * parameters)
+    free = Room.of(bench.device, stage.folder or bench.runs).disk_bytes
+    if free >= needed:
+        return ""
+    return (
+        f"the disk has {free / 1e9:.2f} GB free, and state and checkpoint may take {needed / 1e9:.2f} GB: make room, "
+        "or the run will stop when it saves, and go on from its last state"
+    )
 
 
 def _ready(model: PreTrainedModel, rows: Rows, settings: TrainSettings, ref: ModelRef) -> torch.nn.Module | None:

@@ -48,10 +48,13 @@ def step_figures(records: Sequence[RunRecord]) -> dict[tuple[str, str], dict[str
 def step_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """What the table's numbers are of."""
     settings = next(each.settings for each in reversed(records) if each.stage == "profile")
+    peak = "what the allocator holds, CUDA graphs' memory included"
+    if settings["device"] == "cpu":
+        peak = "the process's resident size, libraries included"
     return (
         f"A training step: {settings['batch']} rows of {settings['length']:,} tokens like packed chats, 30 % of them "
         f"bearing loss, scope {settings['scope']}, {settings['dtype']} on {settings['device']}. Median of "
         f"{settings['repeats']} steps.",
-        "Plain loop: model in that dtype, its own loss over all logits, documents that see each other. Peak: what the "
-        "allocator holds, CUDA graphs' memory included. MFU: FLOP that a step needs, over the data sheet's.",
+        "Plain loop: model in that dtype, its own loss over all logits, documents that see each other. Peak: "
+        f"{peak}. MFU: FLOP that a step needs, over the data sheet's.",
     )

@@ -92,8 +92,9 @@ class TrainSettings:
             raise TrainingError(unknown("schedule", self.schedule, SCHEDULES))
         for name in ("learning_rate", "new_learning_rate", "clip_norm"):
             value = getattr(self, name)
-            if not (value is None or 0 < value < (1e3 if "rate" in name else math.inf)):
-                raise TrainingError(f"{name} must be above 0 and finite, got {value}")
+            most, said = (1e3, "below 1000") if "rate" in name else (math.inf, "finite")
+            if not (value is None or 0 < value < most):
+                raise TrainingError(f"{name} must be above 0 and {said}, got {value:g}")
         for name in ("warmup", "final_share", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainingError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
