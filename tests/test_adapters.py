@@ -14,6 +14,7 @@ import pytest
 import torch
 from architectures import make
 from safetensors.torch import load_file
+from tiny_suite import TRAINED
 from torch import Tensor, nn
 
 from kallm_bench import engine
@@ -360,17 +361,9 @@ def test_it_learns_alone_and_a_stopped_run_ends_with_the_same_bits(
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
-SUITE = """
-model = "./base"
-stages = ["retrofit", "train"]
-[train]
-data = "./chat.jsonl"
-tokens = 256
-row_length = 32
-rows_per_step = 2
-heldout_rows = 2
-learning_rate = 1e-2
-scope = "replaced"
+SUITE = (
+    TRAINED
+    + """scope = "replaced"
 [[arm]]
 name = "kan-adapter"
 basis = "cheby2"
@@ -382,6 +375,7 @@ blocks = "2-3"
 name = "lora"
 train = {scope = "lora", tail_from = 2, lora_rank = 8}
 """
+)
 
 
 def test_an_arm_is_made_trained_and_told(

@@ -65,9 +65,8 @@ def test_memory_is_told_four_ways_and_each_holds_the_one_before(gpu: Gpu) -> Non
     values = [metric.value for metric in peaks if metric.value is not None]
     assert values == sorted(values)
     assert grown.pop("peak_vram_allocated_bytes/load") == size
-    on_device = grown.pop("peak_vram_device_bytes/load", size)
-    assert on_device >= 0.9 * size  # another process may take more meanwhile
-    assert all(0.9 * size <= each <= 1.5 * size for each in grown.values()), grown  # the allocator's unit is 2 MiB
+    # another process may come and go on the device, and the allocator's unit is 2 MiB
+    assert all(0.9 * size <= each <= 1.5 * size for each in grown.values()), grown
     assert {metric.note for metric in peaks if metric.value is None} <= {
         "NVML does not list this process; in a container it often cannot",
         "NVML does not say what each process holds",

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_suite import TRAINED
 
 from kallm_bench import engine
 from kallm_bench.engine import cells
@@ -257,17 +258,9 @@ def test_stages_are_chosen_by_hand_and_some_are_for_the_first_seed_alone(tmp_pat
         read_suite(find_suite("lead"), stages=["profile"])
 
 
-TAUGHT = """
-model = "./base"
-stages = ["retrofit", "train"]
-[train]
-data = "./chat.jsonl"
-tokens = 256
-row_length = 32
-rows_per_step = 2
-heldout_rows = 2
-learning_rate = 1e-2
-[[arm]]
+TAUGHT = (
+    TRAINED
+    + """[[arm]]
 name = "kan"
 basis = "cheby2"
 degree = 3
@@ -286,6 +279,7 @@ blocks = "2-3"
 curriculum = {start_degree = 1, stages = "backwards", anneal = "linear"}
 distillation.weight = 0.5
 """
+)
 
 
 @pytest.fixture
