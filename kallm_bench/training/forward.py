@@ -29,7 +29,7 @@ from kallm_bench.training.attention import UnsupportedError, bounds_of, packed_a
 from kallm_bench.training.compiling import can_compile
 from kallm_bench.training.data import IGNORE, Rows
 from kallm_bench.training.entry import entered, left, place_to_split
-from kallm_bench.training.graphs import FrozenGraph, learning_graph
+from kallm_bench.training.graphs import FrozenGraph, learning_graph, looking_graph
 from kallm_bench.training.loss import Objective, logits_of, loss_of
 from kallm_bench.training.prefix_cache import PrefixCache, holds, place_of
 from kallm_bench.training.teacher import Teacher
@@ -353,7 +353,7 @@ class Forward:
         assert self._graphs is not None
         ends = batch.bounds["cu_seq_lens_q"]
         inputs = (batch.input_ids, batch.position_ids, ends, *entering)
-        key = (part, self._blocks[-1].training, *batch.input_ids.shape, len(ends))
+        key = (part, torch.is_grad_enabled(), self._blocks[-1].training, *batch.input_ids.shape, len(ends))
         longest = batch.bounds["max_length_q"]
 
         def run(ids: Tensor, positions: Tensor, ends: Tensor, *entering: Tensor) -> Tensor:
@@ -380,7 +380,9 @@ class Forward:
         precision = torch.autocast("cuda", self.autocast, enabled=self.autocast is not None, cache_enabled=False)
         with precision, torch.cuda.stream(torch.cuda.current_stream()):  # a recording that fails leaves its own behind
             if part == "learning":
-                return learning_graph(run, self.model.get_decoder(), inputs, self._pool)
+                if torch.is_grad_enabled():
+                    return learning_graph(run, self.model.get_decoder(), inputs, self._pool)
+                return looking_graph(run, inputs, self._pool)
             return FrozenGraph(run, inputs, self._teachers_pool if part == "teaching" else self._pool)
 
     def release(self) -> None:

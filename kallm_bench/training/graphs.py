@@ -69,3 +69,17 @@ def learning_graph(
         )
     graphed: Callable[..., Tensor] = recorded
     return graphed
+
+
+def looking_graph(function: Callable[..., Tensor], samples: tuple[Tensor, ...], pool: Any) -> FrozenGraph:
+    """The forward pass of a `learning_graph`, kernel by kernel, without what it keeps for backward.
+
+    Compiled without gradients, it would round otherwise in places; recorded with its backward, it would hold as much
+    memory again as training does.
+    """
+
+    def forward(*inputs: Tensor) -> Tensor:
+        return function(*inputs).detach()
+
+    with torch.enable_grad():
+        return FrozenGraph(forward, samples, pool)
