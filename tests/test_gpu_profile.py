@@ -27,6 +27,7 @@ pytestmark = [
 
 CUDA = torch.device("cuda")
 MIB = 2**20
+PEAK = "peak_vram_allocated_bytes"
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +165,21 @@ def test_what_does_not_fit_is_predicted_and_tried(tiny_llama: Any) -> None:
     found = named(metrics)
     assert (found["prefill_seconds"].value or 0) > 0
     assert (found["prefill_seconds/512x2048"].value, found["prefill_seconds/512x2048"].note) == (None, "out of memory")
+
+
+def test_a_profile_holds_nothing_of_the_one_before(
+    tiny_llama: Any, tmp_path: Path, monkeypatch: Any, kallm: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KALLM_CACHE", str(tmp_path / "cache"))
+    loaded = []
+    for seed in range(2):
+        save_checkpoint(f"{seed}", tiny_llama(seed=seed, vocab_size=997, hidden_size=256, intermediate_size=512))
+        code, out, err = kallm("profile", f"{seed}", "--batch", "4", "--length", "128", "--repeats", "3", "--json")
+        assert code == 0, err
+        loaded += [each["value"] for each in json.loads(out)[0]["metrics"] if each["name"] == f"{PEAK}/load"]
+    first, second = loaded
+    assert second <= first + MIB, "what cuBLAS keeps for streams that are gone would be 32 MiB each"
 
 
 def test_two_checkpoints_by_the_command(tiny_llama: Any, tmp_path: Path, monkeypatch: Any, kallm: Run) -> None:

@@ -19,6 +19,7 @@ from kallm_bench.profiling import (
     KernelProblem,
     ProfileSettings,
     Rig,
+    begin_anew,
     check_room,
     flops_per_token,
     give_back,
@@ -100,6 +101,7 @@ def scopes_of(refs: Sequence[ModelRef]) -> tuple[list[str], int | None]:
 
 def _measure(bench: Bench, refs: Sequence[ModelRef], settings: ProfileSettings) -> list[Profiled]:
     """Everything there is to measure of models, in turn."""
+    begin_anew(bench.device)
     with only_new_garbage():
         return _measured(bench, refs, settings)
 

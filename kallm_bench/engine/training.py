@@ -22,7 +22,7 @@ from kallm_bench.files import cache_folder, sha256
 from kallm_bench.filing import Bench, ModelRef, Stage
 from kallm_bench.footprint import ADAM_BYTES
 from kallm_bench.models import load_model, load_weights, save_checkpoint
-from kallm_bench.profiling import describe_run, heldout_curve, peak_memory, surrounded
+from kallm_bench.profiling import begin_anew, describe_run, heldout_curve, peak_memory, surrounded
 from kallm_bench.progress import Log, nowhere
 from kallm_bench.records import Metric, RunRecord
 from kallm_bench.training import (
@@ -120,6 +120,7 @@ def _train(
     def load(device: torch.device | str, which: ModelRef = ref) -> PreTrainedModel:
         return load_weights(which.open(), torch.float32, device)
 
+    begin_anew(bench.device)
     model = load("cpu" if bench.sharded else bench.device)
     base = load(model.device, lessons.base) if lessons.base else None
     curriculum = make_curriculum(model, lessons.curriculum, settings, base)

@@ -3,7 +3,7 @@
 from kallm_bench.profiling.flops import flops_per_token
 from kallm_bench.profiling.hardware import DTYPES, environment, find_device, find_dtype, identity
 from kallm_bench.profiling.kernels import measure_kernels
-from kallm_bench.profiling.memory import give_back, only_new_garbage, peak_memory
+from kallm_bench.profiling.memory import begin_anew, give_back, only_new_garbage, peak_memory
 from kallm_bench.profiling.parts import measure_parts
 from kallm_bench.profiling.problems import KernelProblem, KernelSettings, problems_by_hand
 from kallm_bench.profiling.ratios import ratios
@@ -22,6 +22,7 @@ __all__ = [
     "KernelSettings",
     "ProfileSettings",
     "Rig",
+    "begin_anew",
     "check_room",
     "describe_run",
     "environment",

@@ -20,7 +20,7 @@ import torch
 from kallm_bench.profiling.hardware import Gpu, Reading
 from kallm_bench.profiling.memory import give_back, suppressed_lack
 from kallm_bench.progress import Watch, nobody
-from kallm_bench.records import WIDE_SPREAD, Metric
+from kallm_bench.records import OTHERS, WIDE_SPREAD, Metric
 
 Work = Callable[[], float]
 """One run of what is measured; returns the seconds that count of it, the device synchronised."""
@@ -218,9 +218,9 @@ class Surroundings:
         others = max((look.processes for look in looks), default=0) - 1
         found = [f"the GPU's clock is held down by {' and '.join(held_down)}"] if held_down else []
         if others > 0:
-            found.append(f"{others} other {'process computes' if others == 1 else 'processes compute'} on the GPU")
+            found.append(f"{others} {OTHERS}{' computes' if others == 1 else 'es compute'} on the GPU")
         if (share := self.busy_share()) >= BUSY_SHARE:
-            found.append(f"other processes take {share:.0%} of the CPU")
+            found.append(f"{OTHERS}es take {share:.0%} of the CPU")
         return tuple(found)
 
     def busy_share(self) -> float:

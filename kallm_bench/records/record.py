@@ -16,6 +16,9 @@ from kallm_bench.records.metrics import kind_of
 
 SCHEMA = 1
 
+OTHERS = "other process"
+"""Stands in the note of a metric that was measured while others used the GPU or the CPU."""
+
 WIDE_SPREAD = 0.03
 """A spread of samples above this is told beside the value."""
 

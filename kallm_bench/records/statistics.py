@@ -23,6 +23,15 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval | No
     return mean - half, mean + half
 
 
+def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """The interval of the median by order statistics, which outliers hardly widen; of five or fewer their range."""
+    ordered, rank = sorted(values), 0
+    while 1 - 2 * special.bdtr(rank, len(ordered), 0.5) >= level:
+        rank += 1
+    rank = max(0, rank - 1)
+    return ordered[rank], ordered[-1 - rank]
+
+
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and its standard error."""
     mean = math.fsum(values) / len(values)

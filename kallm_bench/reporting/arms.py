@@ -11,7 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kallm_bench.records import RunRecord
+from kallm_bench.records import OTHERS, RunRecord
+
+SPEED = "train_tokens_per_second"
+
+COSTS = (SPEED, "train_mfu", "peak_vram_allocated_bytes", "peak_vram_reserved_bytes", "peak_resident_bytes")
+"""What a training run costs; others on the same machine have a part in it."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class Arm:
     """Records of one arm that belong together: for each stage one a seed, of equal settings and one line of weights.
 
     Args:
+        again: trainings of the same, done anew when what they had left was gone.
         base: fingerprint of the weights that all of it began from.
         number: 1, 2, … where several arms go by this name, else 0.
         way: how its questions were asked, where that alone tells it from the others of its name.
@@ -26,6 +32,7 @@ class Arm:
 
     name: str
     stages: dict[str, list[RunRecord]]
+    again: tuple[RunRecord, ...] = ()
     base: str = ""
     number: int = 0
     way: str = ""
@@ -53,6 +60,18 @@ class Arm:
         records = [record for stage in ("retrofit", "profile") for record in self.stages.get(stage, [])]
         return next((value for record in records if (value := record.value("replaced_parameters"))), 0.0)
 
+    @functools.cached_property
+    def undisturbed(self) -> list[RunRecord]:
+        """The newest training of each seed that had the machine to itself."""
+        runs = sorted((*self.stages.get("train", []), *self.again), key=lambda record: (record.started, record.id))
+        return list({record.seed: record for record in runs if _alone(record)}.values())
+
+    def telling(self, stage: str, metric: str = SPEED) -> list[RunRecord]:
+        """The records that tell a figure: what training costs, those of undisturbed runs where there are any."""
+        if (stage, metric in COSTS) == ("train", True) and self.undisturbed:
+            return self.undisturbed
+        return self.stages.get(stage, [])
+
     @property
     def measured(self) -> bool:
         """Whether there is more to tell than that a checkpoint was made."""
@@ -66,6 +85,11 @@ class Arm:
     @property
     def seeds(self) -> int:
         return len({record.seed for stage, records in self.stages.items() if stage != "retrofit" for record in records})
+
+
+def _alone(record: RunRecord) -> bool:
+    speed = next((metric for metric in record.metrics if metric.name == SPEED and metric.value is not None), None)
+    return speed is not None and OTHERS not in speed.note
 
 
 def labelled(name: str, number: int, way: str) -> str:
@@ -98,20 +122,27 @@ def variants(name: str, records: Sequence[RunRecord], known: Mapping[str, RunRec
     """The arms that go by one name: seeds of equal settings together, another way of asking apart.
 
     Of each stage and seed the newest record counts; of evaluations, the newest for each way of asking. Evaluations and
-    profiles of other weights than the newest training left are not of this arm any more.
+    profiles of other weights than the newest training left are not of this arm any more. Where the newest training was
+    done before, with equal settings from equal weights, the newest of them that was asked stands for it, and a profile
+    may be of any: what a model costs depends on no rounding.
 
     Args:
         records: of one suite and testbed, oldest first.
         known: every record there is, by id, to follow parents in.
     """
     found: dict[str, dict[str, list[list[RunRecord]]]] = defaultdict(lambda: defaultdict(list))
+    again: list[RunRecord] = []
     mine = [record for record in records if record.arm == name]
     for seed in sorted({record.seed for record in mine}):
-        newest = {record.stage: record for record in mine if record.seed == seed}
+        of_this = [record for record in mine if record.seed == seed]
+        newest = {record.stage: record for record in of_this}
+        trained = _alike(newest.get("train"), of_this)
+        newest |= {"train": _asked(trained, of_this)} if trained else {}
         weights = _weights(newest)
-        of_weights = [r for r in mine if r.seed == seed and r.settings.get("weights") == weights]
-        asked = _answers([r for r in of_weights if r.stage == "eval-bbh"])
-        profiled = [r for r in of_weights if r.stage == "profile"][-1:]
+        asked = _answers([r for r in of_this if r.stage == "eval-bbh" and r.settings.get("weights") == weights])
+        same = {weights, *map(_left, trained)}
+        profiled = [r for r in of_this if r.stage == "profile" and r.settings.get("weights") in same][-1:]
+        again += [record for record in trained if record is not newest["train"]]
         base = [newest["train"]] if "train" in newest else []
         for answers in [[each] for each in asked] or [[]]:
             line = [*base, *answers, *profiled]
@@ -119,7 +150,7 @@ def variants(name: str, records: Sequence[RunRecord], known: Mapping[str, RunRec
             alike = [record for record in of_seed if record.stage != "profile"]
             found[_signature(alike) + _base(of_seed, known)][_signature(profiled)].append(of_seed)
     several = [seeds for profiled in found.values() for seeds in _with_unprofiled(profiled)]
-    arms = [arm for seeds in several if (arm := _arm(name, seeds, known)).measured]
+    arms = [arm for seeds in several if (arm := _arm(name, seeds, again, known)).measured]
     if len(arms) < 2:
         return arms
     ways = [asked_how(arm.stages.get("eval-bbh", [])) for arm in arms]
@@ -165,9 +196,25 @@ def _with_unprofiled(found: dict[str, list[list[RunRecord]]]) -> list[list[list[
 def _weights(newest: Mapping[str, RunRecord]) -> str | None:
     """The weights that a row is about: what training left, else what was asked or profiled last."""
     if "train" in newest:
-        return str(newest["train"].model.get("fingerprint"))
+        return _left(newest["train"])
     last = max(newest.values(), key=lambda record: (record.started, record.id))
     return last.settings.get("weights")
+
+
+def _left(trained: RunRecord) -> str:
+    """The weights that a training left."""
+    return str(trained.model.get("fingerprint"))
+
+
+def _alike(trained: RunRecord | None, records: Sequence[RunRecord]) -> list[RunRecord]:
+    """A training and those that were the same, oldest first."""
+    return [record for record in records if trained and record.stage == "train" and record.key == trained.key]
+
+
+def _asked(trained: Sequence[RunRecord], records: Sequence[RunRecord]) -> RunRecord:
+    """The newest of equal trainings whose weights were asked, else the newest."""
+    asked = {record.settings.get("weights") for record in records if record.stage == "eval-bbh"}
+    return next((record for record in reversed(trained) if _left(record) in asked), trained[-1])
 
 
 def _retrofits(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> list[RunRecord]:
@@ -190,11 +237,12 @@ def _base(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> str:
     return str(record.settings.get("weights", ""))
 
 
-def _arm(name: str, seeds: list[list[RunRecord]], known: Mapping[str, RunRecord]) -> Arm:
+def _arm(name: str, seeds: list[list[RunRecord]], again: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> Arm:
     stages: dict[str, list[RunRecord]] = defaultdict(list)
     for record in itertools.chain.from_iterable(seeds):
         stages[record.stage].append(record)
-    return Arm(name, dict(stages), _base(seeds[0], known))
+    keys = {record.key for record in stages["train"]}
+    return Arm(name, dict(stages), tuple(record for record in again if record.key in keys), _base(seeds[0], known))
 
 
 def _signature(records: Sequence[RunRecord]) -> str:

@@ -15,10 +15,10 @@ from kallm_bench.records import RunRecord
 from kallm_bench.records.comparison import MARGIN, POWER, Comparison
 from kallm_bench.records.statistics import difference_interval
 from kallm_bench.reporting.answers import LIKELIHOOD, AnswerBook
-from kallm_bench.reporting.arms import Arm
+from kallm_bench.reporting.arms import SPEED, Arm
 from kallm_bench.reporting.controls import Controls, is_kan, is_linear, matched, started_alike
 from kallm_bench.reporting.curves import has_curve, measured, tokens_to_loss
-from kallm_bench.reporting.prefixes import SPEED, UNKNOWN, alike, timed, way_of
+from kallm_bench.reporting.prefixes import UNKNOWN, alike, timed, way_of
 from kallm_bench.reporting.rows import ACCURACIES, figure_of
 from kallm_bench.reporting.table import Figure, Row, Table
 
@@ -181,7 +181,7 @@ def _ratio(book: AnswerBook, arm: Arm, other: Arm, stage: str, metric: str) -> F
 
 def _runs(arm: Arm, other: Arm, stage: str, metric: str) -> tuple[Sequence[RunRecord], Sequence[RunRecord]]:
     """The records of a stage; of a training run's speed those that can be set beside each other."""
-    mine, theirs = arm.stages.get(stage, []), other.stages.get(stage, [])
+    mine, theirs = arm.telling(stage, metric), other.telling(stage, metric)
     return alike(timed(mine), timed(theirs)) if (stage, metric) == ("train", SPEED) else (mine, theirs)
 
 
@@ -241,7 +241,7 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
             "likely: 0 lies outside that interval and, where both have several seeds, outside that over seeds."
         )
     if any(figure.over == "samples" for row in rows for figure in row.figures.values()):
-        yield "Ratios ±: half the range that the samples of two single runs leave open."
+        yield "Ratios ±: half of what the samples of two single runs leave open."
     yield from _named_tasks(compared)
     losses = [figure for row in rows for name, _ in LOSSES.values() if (figure := row.figures.get(name))]
     if any(figure.interval is None for figure in losses):
@@ -272,7 +272,7 @@ def _speed_notes(pairs: Sequence[tuple[Arm, Arm]]) -> Iterable[str]:
     """Of which arms no training speeds were compared, or not of all seeds, since what they did was not the same."""
     apart, partly, unknown = [], [], []
     for arm, other in pairs:
-        all_runs = [timed(each.stages.get("train", [])) for each in (arm, other)]
+        all_runs = [timed(each.telling("train")) for each in (arm, other)]
         if not all(all_runs):
             continue
         left = alike(*all_runs)

@@ -34,6 +34,7 @@ def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], figures: Seq
     yield from _variant_notes(arms)
     yield from _difference_notes(arms)
     yield from prefix_notes(arms)
+    yield from _undisturbed_notes(arms)
     yield from _measurement_notes(arms)
     yield place(testbed, [record for arm in arms for records in arm.stages.values() for record in records])
     if suite != "manual":
@@ -121,7 +122,10 @@ def _interval_notes(figures: Sequence[Figure]) -> Iterable[str]:
     if "seeds" in over:
         yield "[ ] of what is no accuracy: 95 % interval of the mean over seeds, by Student's t."
     if "samples" in over:
-        yield "±: half the range of the samples of one run, which says nothing of other runs."
+        yield (
+            "±: half the 95 % interval of the median of one run's samples, by order statistics, of five or fewer half "
+            "their range; it says nothing of other runs."
+        )
 
 
 def _seed_notes(arms: Sequence[Arm]) -> Iterable[str]:
@@ -186,10 +190,22 @@ def together(reservations: Iterable[str]) -> dict[str, str]:
 _SHARE = re.compile(r"\b(\d+)%")
 
 
+def _undisturbed_notes(arms: Sequence[Arm]) -> Iterable[str]:
+    """Which arms' training costs are of some seeds alone, since other runs shared the machine."""
+    found: dict[str, list[str]] = {}
+    for arm in arms:
+        seeds = [record.seed for record in arm.undisturbed]
+        if seeds and len(seeds) < len(arm.stages["train"]):
+            found.setdefault(f"seed {', '.join(map(str, sorted(seeds)))}", []).append(arm.name)
+    if found:
+        told = "; ".join(f"{seeds} of {', '.join(dict.fromkeys(names))}" for seeds, names in found.items())
+        yield f"Training speed, MFU, memory: of runs that had the machine to themselves, where there are any: {told}."
+
+
 def _measurement_notes(arms: Sequence[Arm]) -> Iterable[str]:
     noted: dict[str, dict[str, dict[str, None]]] = {}  # reservation -> metric -> arms, in order
     for arm in arms:
-        for record in (*arm.stages.get("train", []), *arm.stages.get("profile", [])):
+        for record in (*arm.telling("train"), *arm.telling("profile")):
             for metric in record.metrics:
                 said = [part for part in metric.note.split("; ") if part and not part.startswith("spread")]
                 for reservation in said if metric.value is not None and metric.name in RESERVED else ():

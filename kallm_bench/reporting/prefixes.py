@@ -10,11 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from kallm_bench.records import RunRecord
-from kallm_bench.reporting.arms import Arm
+from kallm_bench.reporting.arms import SPEED, Arm
 
 SHARE = "prefix_cache_share"
-
-SPEED = "train_tokens_per_second"
 
 COMPUTED, KEPT, READ, UNKNOWN = "computed", "computed and kept on disk", "read from the disk", "not noted"
 
@@ -45,11 +43,11 @@ def prefix_notes(arms: Sequence[Arm]) -> Iterable[str]:
     """Which arms' speeds are of runs that computed, kept or read, where some did other than compute."""
     ways: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for arm in arms:
-        for record in timed(arm.stages.get("train", [])):
+        for record in timed(arm.telling("train")):
             ways[way_of(record)][arm.name].append(record.seed)
     if set(ways) <= {COMPUTED, UNKNOWN}:
         return
-    seeds = {arm.name: {record.seed for record in timed(arm.stages.get("train", []))} for arm in arms}
+    seeds = {arm.name: {record.seed for record in timed(arm.telling("train"))} for arm in arms}
     told = []
     for way, names in ways.items():
         listed = [

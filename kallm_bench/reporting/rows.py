@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from kallm_bench.records import Metric, RunRecord
 from kallm_bench.records.comparison import holm
-from kallm_bench.records.statistics import mean_interval
+from kallm_bench.records.statistics import mean_interval, median_interval
 from kallm_bench.reporting.answers import LIKELIEST, LIKELIHOOD, RIGHT, AnswerBook
 from kallm_bench.reporting.arms import Arm, asked_how, what_it_is
 from kallm_bench.reporting.chance import GUESSING, judged, mark_of
@@ -47,7 +47,7 @@ def arm_row(book: AnswerBook, arm: Arm) -> Row:
     """What is known of an arm."""
     figures = {}
     for stage, metric, _ in STAGE_COLUMNS:
-        records = arm.stages.get(stage) or (arm.stages.get("retrofit", []) if metric == "parameters" else [])
+        records = arm.telling(stage, metric) or (arm.stages.get("retrofit", []) if metric == "parameters" else [])
         if figure := figure_of(book, records, metric):
             figures[metric] = figure
     return Row(
@@ -82,7 +82,7 @@ def figure_of(book: AnswerBook, records: Sequence[RunRecord], metric: str) -> Fi
     if metric == LIKELIHOOD and (interval := book.interval(records, metric)):
         return Figure(mean, interval, over="questions")
     if len(found[0].samples) > 2:
-        return Figure(mean, (min(found[0].samples), max(found[0].samples)), over="samples")
+        return Figure(mean, median_interval(found[0].samples), over="samples")
     return Figure(mean)
 
 
