@@ -56,6 +56,12 @@ two cores."""
 USUAL_COMPILING_SECONDS = 15.0
 """What compiling and recording add, where no run is known."""
 
+LONG_PRODUCT_SECONDS = 0.02
+"""A product that takes so long tells as much as a larger one."""
+
+ESTIMATE = "an estimate"
+"""The source of what no record tells of."""
+
 LARGE = {"cuda": 8192, "cpu": 2048}
 """Rows and columns of a large product: launching it on a GPU should take no part of its time."""
 
@@ -301,8 +307,8 @@ def foresee(wanted: Wanted, records: Sequence[RunRecord]) -> Budget:
         rate, once, source = _rate(like), _once(like), f"by {like.arm} of {like.suite}"
         peaks = _peaks(static_bytes(parameters, trainable), flops, like, wanted)
     else:
-        rate = USUAL_EFFICIENCY[wanted.device.type] * _product_rate(wanted.device, wanted.dtype)
-        once, source = USUAL_COMPILING_SECONDS * wanted.fast, "an estimate"
+        rate = USUAL_EFFICIENCY[wanted.device.type] * product_rate(wanted.device, wanted.dtype)
+        once, source = USUAL_COMPILING_SECONDS * wanted.fast, ESTIMATE
         at_once, all_at_once = (
             rows * settings.row_length
             for rows in (min(wanted.rows_at_once, settings.rows_per_step), wanted.rows_at_once)
@@ -371,15 +377,22 @@ def _peaks(static: float, flops: float, like: RunRecord, wanted: Wanted) -> dict
 
 
 @functools.cache
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a large product of two matrices."""
-    size = LARGE[device.type]
-    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(4):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        (left @ right)[0, 0].item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of a large product of two matrices; of a smaller one where that takes long, as in a slow dtype."""
+    size, best = LARGE[device.type] // 8, 0.0
+    while size <= LARGE[device.type]:
+        left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        seconds = [_product_seconds(left, right) for _ in range(4)]
+        best = max(best, 2 * size**3 / min(seconds))
+        if min(seconds) > LONG_PRODUCT_SECONDS:
+            break
+        size *= 2
+    return best
+
+
+def _product_seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    began = time.perf_counter()
+    (left @ right)[0, 0].item()
+    return time.perf_counter() - began

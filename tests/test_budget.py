@@ -34,7 +34,7 @@ def h100() -> list[RunRecord]:
 
 @pytest.fixture
 def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "_product_rate", lambda device, dtype: H100_PRODUCT_RATE)
+    monkeypatch.setattr(budget, "product_rate", lambda device, dtype: H100_PRODUCT_RATE)
 
 
 def wanted(suite: str, arm: str, **others: Any) -> Wanted:
