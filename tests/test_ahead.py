@@ -44,14 +44,14 @@ def go(clock: Clock, plan: dict[str, float], took: dict[str, float]) -> Iterator
 
 
 def test_what_is_left_goes_down_to_nothing_whatever_was_predicted(clock: Clock) -> None:
-    arms, true = ("linear", "kan", "drop"), {"train": 40.0, "profile": 20.0}
+    arms, true = ("linear", "kan", "drop"), {"train": 400.0, "profile": 200.0}
     took = {f"{arm} seed 0 {stage}": seconds for arm in arms for stage, seconds in true.items()}
     plan = {part: seconds * (3 if "train" in part else 0.5) for part, seconds in took.items()}
     told = list(go(clock, plan, took))
     whole = sum(took.values())
     for now, left, part in told:
         if not part.startswith("linear"):  # one part of each kind has told how wrong the plan was
-            assert left == pytest.approx(whole - now, rel=0.02, abs=2.0)
+            assert left == pytest.approx(whole - now, rel=0.06, abs=10)
     assert told[-1][1] == 0
 
 
@@ -59,6 +59,19 @@ def test_what_is_left_of_a_part_never_grows_while_it_goes_as_foreseen(clock: Clo
     plan = {"kan seed 0 retrofit": 5.0, "kan seed 0 train": 30.0, "kan seed 0 profile": 20.0}
     lefts = [left for _, left, _ in go(clock, plan, plan)]
     assert lefts == pytest.approx([54.0 - second for second in range(55)])
+
+
+def test_a_short_part_tells_little_of_a_long_one_and_nothing_tells_all_of_another_kind(clock: Clock) -> None:
+    left = Ahead({"a seed 0 retrofit": 1.0, "b seed 0 retrofit": 100.0, "b seed 0 train": 100.0})
+    left.begin("a seed 0 retrofit")
+    clock.now += 12
+    left.begin("none of the plan")
+    assert left.left() == pytest.approx(2 * 100 * 22 / 11)
+    left = Ahead({"a seed 0 train": 1.0, "a seed 0 profile": 100.0})
+    left.begin("a seed 0 train")
+    clock.now += 500
+    left.begin("none of the plan")
+    assert left.left() == 300
 
 
 def test_parts_that_an_earlier_run_has_done_count_neither_as_work_nor_as_speed(clock: Clock) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 MAIN_WORKS = ("training", "questions", "contenders", "distilling")
 """Of what a part of a plan consists of, the works that take its time."""
 
 SKIPPED_SECONDS = 3.0
 """A part that is over sooner, and much sooner than predicted, was done by an earlier run."""
+
+PRIOR_SECONDS = 10.0
+"""As much as if parts of so many seconds had gone as predicted: what is short tells little of what is long."""
+
+FOREIGN_PACE = 3.0
+"""Parts of other kinds change what is predicted by no more than this factor."""
 
 TRUSTED_SHARE = 0.25
 """From so much of a main work on, its own speed alone tells what is left of it; before that, more and more."""
@@ -73,10 +79,13 @@ class Ahead:
 
     def _expected(self, name: str) -> float:
         """The seconds a part will take, by what parts of its kind took, else by what all took."""
-        alike = [each for each in self.took if _kind(each) == _kind(name)] or list(self.took)
-        planned = sum(self.plan[each] for each in alike)
-        pace = sum(self.took[each] for each in alike) / planned if planned else 1.0
+        alike = [each for each in self.took if _kind(each) == _kind(name)]
+        pace = self._pace(alike) if alike else min(FOREIGN_PACE, max(1 / FOREIGN_PACE, self._pace(list(self.took))))
         return self.plan.get(name, 0.0) * pace
+
+    def _pace(self, parts: Sequence[str]) -> float:
+        took, planned = (sum(of[each] for each in parts) for of in (self.took, self.plan))
+        return (PRIOR_SECONDS + took) / (PRIOR_SECONDS + planned)
 
 
 def _kind(part: str) -> str:
