@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from kallm_bench.budget import ESTIMATE, USUAL_EFFICIENCY, product_rate
+from kallm_bench.budget import ESTIMATE, USUAL_EFFICIENCY, of_similar_size, product_rate
 from kallm_bench.footprint import estimated_peaks, process_bytes, static_bytes
 from kallm_bench.kan.bases import make_basis
 from kallm_bench.models import KANSpec
@@ -52,6 +52,9 @@ QUESTIONS_AT_ONCE = 64
 COMPILING_SECONDS = 1.5
 """For each contender of a problem for layers alone, on a GPU."""
 
+
+FAR = 30.0
+"""A record of work that is smaller or larger by this factor tells less than an estimate."""
 
 STEP_COMPILING_SECONDS = 8.0
 """For each way and scope that a training step is measured in, on a GPU."""
@@ -121,15 +124,16 @@ def foresee_stage(
         peak_bytes: an estimate of them, which counts where no record of the same shapes tells.
     """
     formula = FORMULAS[stage]
-    like = _nearest(stage, suite, arm, work.settings, records)
-    if like is None:
-        return Effort(formula(work, speed), peak_bytes, ESTIMATE)
+    like = _nearest(stage, suite, arm, work, records)
+    estimated = formula(work, speed)
+    if like is None or not 1 / FAR < estimated / formula(Work.of(like), speed) < FAR:
+        return Effort(estimated, peak_bytes, ESTIMATE)
     known = Work.of(like)
     if _shared(stage, known.settings, work.settings) == len(DECISIVE[stage]):
         peaks = [metric.value for metric in like.metrics if metric.name.startswith("peak_") and metric.value]
         more = 4 * (work.parameters - known.parameters)
         peak_bytes = max(peaks) + more if peaks else peak_bytes
-    seconds = like.seconds * formula(work, speed) / formula(known, speed)
+    seconds = like.seconds * estimated / formula(known, speed)
     return Effort(seconds, peak_bytes, f"by {like.arm} of {like.suite}")
 
 
@@ -142,18 +146,18 @@ DECISIVE = {
 """Settings that say most of what a stage takes; the more of them a record shares, the nearer it is."""
 
 
-def _nearest(
-    stage: str, suite: str, arm: str, settings: Mapping[str, Any], records: Sequence[RunRecord]
-) -> RunRecord | None:
+def _nearest(stage: str, suite: str, arm: str, work: Work, records: Sequence[RunRecord]) -> RunRecord | None:
     """The record of the same stage on the same device that is most like it; of equal ones the same arm's, the newest.
 
     A start that looks at text says nothing of one that does not, nor the other way round.
     """
+    settings = work.settings
     known = [
         each
         for each in records
         if each.stage == stage
         and not each.reused
+        and of_similar_size(each, work.parameters)
         and _has_text(each.settings) == _has_text(settings)
         and all(each.settings.get(name, settings[name]) == settings[name] for name in ("device", "dtype"))
     ]

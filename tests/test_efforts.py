@@ -77,6 +77,17 @@ def test_the_record_of_a_layer_tells_of_a_larger_one_and_of_its_memory() -> None
     assert larger.peak_bytes == 7.0  # of other shapes a record says nothing
 
 
+@pytest.mark.parametrize("changed", [{"parameters": 1.3e9}, {"questions": 10**6}], ids=str)
+def test_a_record_of_work_of_quite_another_size_tells_nothing(changed: dict[str, Any]) -> None:
+    like = records("two-cores", "eval-bbh")[-1]
+    same = foresee_stage("eval-bbh", like.suite, like.arm, Work.of(like), SPEEDS["two-cores"], [like])
+    other = foresee_stage(
+        "eval-bbh", like.suite, like.arm, Work.of(like)._replace(**changed), SPEEDS["two-cores"], [like]
+    )
+    assert (same.source, other.source) == ("by kan of quickstart", ESTIMATE)
+    assert other.seconds > 5 * same.seconds
+
+
 def test_a_slow_dtype_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 

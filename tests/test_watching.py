@@ -459,20 +459,22 @@ def test_a_suite_is_foreseen_from_records_of_this_machine(home: Path, kallm: Run
 
 
 def test_the_nearest_record_is_taken(tiny_llama: Any) -> None:
-    def record(arm: str, started: str, **settings: Any) -> RunRecord:
+    parameters = sum(each.numel() for each in tiny_llama(vocab_size=97).parameters())
+
+    def record(arm: str, started: str, size: int = parameters, **settings: Any) -> RunRecord:
         figures = (Metric("train_tokens_per_second", 100.0), Metric("train_flops_per_token", 1e6),
                    Metric("peak_resident_bytes", 1e9))  # fmt: skip
         place = {"device": "cpu", "dtype": "float32", "row_length": 1024, "rows_per_step": 32, "scope": "all"}
         return RunRecord(
             id=arm, stage="train", suite="s", arm=arm, seed=0, testbed="t", started=started, seconds=1.0, parents=(),
-            settings=place | settings, key="", model={"parameters": 1, "trainable_parameters": 1}, data={},
+            settings=place | settings, key="", model={"parameters": size, "trainable_parameters": 1}, data={},
             metrics=figures, environment={},
         )  # fmt: skip
 
     settings, cpu = TrainSettings(scope="all"), torch.device("cpu")
     wanted = Wanted("s", "mine", tiny_llama(vocab_size=97).config, None, settings, cpu, torch.float32, 4)
     known = [record("mine", "1", row_length=32), record("like", "2"), record("new", "3", rows_per_step=1)]
-    known.append(record("gpu", "4", device="cuda"))
+    known += [record("gpu", "4", device="cuda"), record("large", "5", size=9 * parameters)]
     for taken in ("mine", "like", "new"):
         assert foresee(wanted, known).source == f"by {taken} of s"
         known = [each for each in known if each.arm != taken]

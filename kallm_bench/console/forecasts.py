@@ -136,9 +136,14 @@ _CELL_COLUMNS: dict[str, Callable[[CellForecast], str]] = {
     "takes": lambda cell: minutes(cell.seconds) if cell.seconds else NOTHING,
     "peak memory": lambda cell: gib(cell.peak_bytes) if cell.peak_bytes else NOTHING,
     "checkpoint": lambda cell: gib(cell.budget.checkpoint_bytes) if cell.budget else NOTHING,
-    "known from": lambda cell: "; ".join(cell.sources) or cell.trouble or NOTHING,
+    "known from": lambda cell: "; ".join(cell.sources) or _why_not(cell),
     "questions from": lambda cell: cell.questions or NOTHING,
 }
+
+
+def _why_not(cell: CellForecast) -> str:
+    """Why a cell would take nothing."""
+    return "would be refused" if cell.trouble else "done with another cell" if cell.parameters else NOTHING
 
 
 def _column(heading: str, cells: Sequence[CellForecast]) -> list[str]:
