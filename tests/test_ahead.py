@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
+from kallm_bench import console
 from kallm_bench.console import ahead
 from kallm_bench.console.ahead import Ahead
 
@@ -93,3 +96,19 @@ def test_a_part_that_takes_longer_than_foreseen_promises_nothing(clock: Clock) -
     clock.now += 60
     left.hear("profile of decoding", 1, 3)
     assert left.left() == 0
+
+
+def test_a_terminal_is_shown_one_time_for_all_of_it(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    err = Console(file=io.StringIO(), width=160, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console.streams, "err", err)
+    display = console.Display()
+    display.expect({"kan seed 0 train": 100.0, "kan seed 0 profile": 60.0})
+    display.begin("kan seed 0 train")
+    display("training", 0, 100, "loss 2")
+    clock.now += 50
+    display("training", 50, 100, "loss 2")
+    err.print(display.progress.make_tasks_table(display.progress.tasks))
+    whole = next(line for line in err.file.getvalue().splitlines() if "all of it" in line)  # type: ignore[attr-defined]
+    assert whole.rstrip().endswith("left about 1:50")
+    assert whole.count("left") == 1
+    assert " 31/100 " in whole

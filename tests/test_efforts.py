@@ -178,6 +178,7 @@ def test_every_stage_is_foreseen_and_what_arms_share_is_counted_once(home: Path,
     assert kallm("run", "s.toml", "--only", "kan", "--seeds", "0")[0] == 0
     by_arm = {cell["arm"]: cell for cell in cells_of(kallm, "s.toml", "--seeds", "0")}
     assert {effort["source"] for effort in by_arm["kan"]["efforts"].values()} == {"by kan of s"}
+    assert [cell["filed"] for cell in by_arm.values()] == [False, True, False]
     told = {each.stage: each.seconds for each in ResultsStore(home / "results").records("s")}
     assert by_arm["kan"]["efforts"]["profile"]["seconds"] == pytest.approx(told["profile"])
     assert by_arm["kan"]["efforts"]["retrofit"]["seconds"] == pytest.approx(told["retrofit"])

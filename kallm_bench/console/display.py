@@ -70,9 +70,11 @@ class Lines(Progress):
 
 
 class _Left(TimeRemainingColumn):
-    """The time left, with the word."""
+    """The time left, with the word: what the task says of it, else by its speed."""
 
     def render(self, task: Task) -> Text:
+        if (told := task.fields.get("left")) is not None:
+            return Text(f"left {told}" if told else "")
         return Text("left ") + super().render(task)
 
 
@@ -109,7 +111,7 @@ class Display:
         """The seconds that each part of the whole would take."""
         self.ahead = Ahead(plan)
         if plan and self.whole is None and streams.err.is_terminal and not self.silent:
-            self.whole = self.progress.add_task("all", total=100, note="")
+            self.whole = self.progress.add_task("all of it", total=100, note="", left="")
 
     def begin(self, part: str) -> None:
         """A part of the plan begins; the one before it is done."""
@@ -134,7 +136,7 @@ class Display:
                 self.whole,
                 completed=min(99, int(100 * self.ahead.share(left))),
                 description=f"all of it, {self.ahead.part}" if self.ahead.part else "all of it",
-                note=f"about {left_text} left" if left_text else "",
+                left=f"about {left_text}" if left_text else "",
             )
         if self.current is None or work != self.last_work:
             if self.current is not None:

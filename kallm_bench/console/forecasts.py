@@ -102,6 +102,8 @@ def _show_sum(cells: Sequence[CellForecast], room: Room) -> None:
     apart = {label: sum(_seconds(cell, stage) for cell in cells) for stage, label in STAGES.items()}
     parts = ", ".join(f"{label} {minutes(seconds)}" for label, seconds in apart.items() if seconds)
     say(f"About {minutes(whole)} in all{f': {parts}' if parts else ''}.")
+    if filed := sum(cell.filed for cell in cells):
+        say(f"{filed} of {len(cells)} cells have their records here: what has not changed since is not done again.")
     # every cell keeps what it retrofitted and what it trained; states go one after the other
     kept = sum(4 * cell.parameters * len({"retrofit", "train"} & set(cell.efforts)) for cell in cells)
     states = (cell.budget.disk_bytes - cell.budget.checkpoint_bytes for cell in cells if cell.budget)

@@ -214,6 +214,11 @@ def asking(settings: EvalSettings) -> str:
     return f"{settings.protocol} eval-bbh"
 
 
+def stage_of(name: str) -> str:
+    """The stage that a part belongs to, whether its cell stands before it or not."""
+    return name.rpartition(" ")[2]
+
+
 def part_of(cell: Cell, name: str) -> str:
     """What of a suite's work a part of a cell is."""
     return f"{cell.arm} seed {cell.seed} {name}"

@@ -23,7 +23,17 @@ from kallm_bench.efforts import (
     questions_bytes,
     retrofit_bytes,
 )
-from kallm_bench.engine.cells import asking, bench_of, check_cell, config_of, noting, part_of, parts_of, spec_of
+from kallm_bench.engine.cells import (
+    asking,
+    bench_of,
+    check_cell,
+    config_of,
+    noting,
+    part_of,
+    parts_of,
+    spec_of,
+    stage_of,
+)
 from kallm_bench.engine.training import ways_of
 from kallm_bench.errors import KallmError
 from kallm_bench.filing import Bench, find_ref, parameter_count
@@ -41,6 +51,7 @@ class CellForecast:
         parameters: of the model after its retrofit; 0 where there is no model, or `trouble`.
         budget: of its training; None where nothing is trained or measured on held-out rows.
         efforts: of each part of it, by the name in parts_of; nothing of what an earlier cell has done for it.
+        filed: whether each of these parts has a record for this cell, which holds where nothing has changed since.
         trouble: why it would be refused.
     """
 
@@ -51,6 +62,7 @@ class CellForecast:
     parameters: int = 0
     budget: Budget | None = None
     efforts: Mapping[str, Effort] = dataclasses.field(default_factory=dict)
+    filed: bool = False
     trouble: str = ""
 
     @property
@@ -101,6 +113,7 @@ class _Ahead:
     def __init__(self, bench: Bench, suite: str, checks: bool) -> None:
         self.bench, self.suite, self.checks = bench, suite, checks
         self.records = bench.store.records(testbed=bench.testbed) if bench.testbed else []
+        self.filed = {(each.arm, each.seed, each.stage) for each in self.records if each.suite == suite}
         self.room = Room.of(bench.device, bench.runs).memory_bytes
         self.counted: set[str] = set()
         self.known: dict[str, CellForecast] = {}
@@ -117,8 +130,9 @@ class _Ahead:
             if name in found.efforts and work not in self.counted:
                 self.counted.add(work)
                 efforts[name] = found.efforts[name]
+        filed = bool(efforts) and all((cell.arm, cell.seed, stage_of(name)) in self.filed for name in efforts)
         return dataclasses.replace(
-            found, arm=cell.arm, seed=str(cell.seed), what=what, questions=asked, efforts=efforts
+            found, arm=cell.arm, seed=str(cell.seed), what=what, questions=asked, efforts=efforts, filed=filed
         )
 
     def problem(self, problem: KernelProblem) -> CellForecast:
@@ -127,7 +141,8 @@ class _Ahead:
             "kernels", self.suite, problem.arm, Work(settings), self._speed(self.bench), self.records,
             kernels_bytes(problem, self.bench.dtype),
         )  # fmt: skip
-        return CellForecast(problem.arm, "", f"{len(problem.contenders)} contenders", efforts={"kernels": effort})
+        what, filed = f"{len(problem.contenders)} contenders", (problem.arm, 0, "kernels") in self.filed
+        return CellForecast(problem.arm, "", what, efforts={"kernels": effort}, filed=filed)
 
     def _foreseen(self, cell: Cell) -> CellForecast:
         found = CellForecast("", "", "")
@@ -162,7 +177,7 @@ class _Ahead:
         if name == "train" and budget:
             peak = budget.peak_bytes or questions_bytes(shape.model, bench.device)
             return Effort(budget.seconds, peak, budget.source)
-        *_, stage = name.split()
+        stage = stage_of(name)
         replaced = sum(map(parameter_count, replaced_sites(shape.model).values()))
         settings, questions, peak = self._asked(bench, cell, shape, name)
         work = Work(settings | bench.place, parameter_count(shape.model), replaced, questions)
