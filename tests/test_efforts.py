@@ -184,6 +184,14 @@ def test_every_stage_is_foreseen_and_what_arms_share_is_counted_once(home: Path,
     assert by_arm["kan"]["efforts"]["retrofit"]["seconds"] == pytest.approx(told["retrofit"])
 
 
+def test_what_an_arm_starts_after_counts_where_it_is_not_run_by_itself(home: Path, kallm: Run) -> None:
+    text = '[[arm]]\nname = "kan"\nbasis = "cheby2"\nblocks = "2-3"\n[[arm]]\nname = "on"\nafter = "kan"\n'
+    (home / "s.toml").write_text(TRAINED + text)
+    both, alone = cells_of(kallm, "s.toml"), cells_of(kallm, "s.toml", "--only", "on")
+    assert [set(cell["efforts"]) for cell in both] == [{"retrofit", "train"}, {"train"}]
+    assert alone[0]["seconds"] == pytest.approx(sum(cell["seconds"] for cell in both), rel=0.01)
+
+
 def test_a_dry_run_says_once_why_a_suite_would_be_refused_and_what_it_would_take(home: Path, kallm: Run) -> None:
     top = TRAINED.replace("./chat.jsonl", "../none/chat.jsonl").replace("[train]", '[train]\nscope = "all"')
     (home / "s.toml").write_text(top + '[[arm]]\nname = "a"\n[[arm]]\nname = "b"\n')

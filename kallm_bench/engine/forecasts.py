@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -125,15 +125,23 @@ class _Ahead:
         if alike not in self.known:
             self.known[alike] = self._foreseen(cell)
         found = self.known[alike]
-        efforts = {}
+        efforts = self._before(cell)
         for name, work in _works(cell).items():
             if name in found.efforts and work not in self.counted:
                 self.counted.add(work)
-                efforts[name] = found.efforts[name]
+                efforts[name] = _sum([found.efforts[name], *([efforts[name]] if name in efforts else [])])
         filed = bool(efforts) and all((cell.arm, cell.seed, stage_of(name)) in self.filed for name in efforts)
         return dataclasses.replace(
             found, arm=cell.arm, seed=str(cell.seed), what=what, questions=asked, efforts=efforts, filed=filed
         )
+
+    def _before(self, cell: Cell) -> dict[str, Effort]:
+        """What the cell that this one starts after takes where no earlier one has done it; done with the retrofit."""
+        if not cell.after:
+            return {}
+        stages = tuple(stage for stage in cell.after.stages if stage in ("retrofit", "train"))
+        efforts = self.cell(dataclasses.replace(cell.after, stages=stages)).efforts
+        return {"retrofit": _sum(list(efforts.values()))} if efforts else {}
 
     def problem(self, problem: KernelProblem) -> CellForecast:
         settings = problem.settings() | self.bench.place
@@ -201,6 +209,13 @@ class _Ahead:
 
     def _speed(self, bench: Bench) -> Speed:
         return Speed.of(bench.device, bench.dtype)
+
+
+def _sum(efforts: Sequence[Effort]) -> Effort:
+    """Of work that is done one after the other."""
+    sources = "; ".join(dict.fromkeys(effort.source for effort in efforts))
+    peak = max((effort.peak_bytes for effort in efforts if effort.peak_bytes), default=None)
+    return Effort(sum(effort.seconds for effort in efforts), peak, sources)
 
 
 def _count(asked: EvalSettings) -> int:
