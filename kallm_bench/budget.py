@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kallm_bench.footprint import ADAM_BYTES, estimated_peaks, process_bytes, static_bytes
 from kallm_bench.models import KANSpec, complete_spec, skeleton_of
-from kallm_bench.profiling import flops_per_token, peak_memory
+from kallm_bench.profiling import flops_per_token, give_back, peak_memory
 from kallm_bench.profiling.flops import training_flops
 from kallm_bench.progress import Watch
 from kallm_bench.records import RunRecord
@@ -403,6 +403,8 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
         if min(seconds) > LONG_PRODUCT_SECONDS:
             break
         size *= 2
+    del left, right
+    give_back(device)  # what the allocator keeps would count as the next stage's
     return best
 
 
