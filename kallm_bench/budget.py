@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kallm_bench.footprint import ADAM_BYTES, estimated_peaks, static_bytes
+from kallm_bench.footprint import ADAM_BYTES, estimated_peaks, process_bytes, static_bytes
 from kallm_bench.models import KANSpec, complete_spec, skeleton_of
-from kallm_bench.profiling import flops_per_token, peak_memory
+from kallm_bench.profiling import flops_per_token, give_back, peak_memory
 from kallm_bench.profiling.flops import training_flops
 from kallm_bench.progress import Watch
 from kallm_bench.records import RunRecord
@@ -55,6 +55,15 @@ two cores."""
 
 USUAL_COMPILING_SECONDS = 15.0
 """What compiling and recording add, where no run is known."""
+
+SIMILAR = 3.0
+"""Models of more or fewer parameters by this factor say nothing of each other's time and memory."""
+
+LONG_PRODUCT_SECONDS = 0.02
+"""A product that takes so long tells as much as a larger one."""
+
+ESTIMATE = "an estimate"
+"""The source of what no record tells of."""
 
 LARGE = {"cuda": 8192, "cpu": 2048}
 """Rows and columns of a large product: launching it on a GPU should take no part of its time."""
@@ -294,15 +303,15 @@ def foresee(wanted: Wanted, records: Sequence[RunRecord]) -> Budget:
     model = skeleton_of(config)
     learning = apply_scope(model, settings.scope, settings.tail_from, settings.lora) if settings.steps else []
     parameters, trainable = (sum(each.numel() for each in some) for some in (list(model.parameters()), learning))
-    like = _nearest(wanted, records)
+    like = _nearest(wanted, parameters, records)
     bearing = (like and like.value("bearing_share")) or USUAL_BEARING
     flops = training_flops(model, bearing)
     if like:
         rate, once, source = _rate(like), _once(like), f"by {like.arm} of {like.suite}"
         peaks = _peaks(static_bytes(parameters, trainable), flops, like, wanted)
     else:
-        rate = USUAL_EFFICIENCY[wanted.device.type] * _product_rate(wanted.device, wanted.dtype)
-        once, source = USUAL_COMPILING_SECONDS * wanted.fast, "an estimate"
+        rate = USUAL_EFFICIENCY[wanted.device.type] * product_rate(wanted.device, wanted.dtype)
+        once, source = USUAL_COMPILING_SECONDS * wanted.fast, ESTIMATE
         at_once, all_at_once = (
             rows * settings.row_length
             for rows in (min(wanted.rows_at_once, settings.rows_per_step), wanted.rows_at_once)
@@ -322,7 +331,13 @@ def foresee(wanted: Wanted, records: Sequence[RunRecord]) -> Budget:
     )
 
 
-def _nearest(wanted: Wanted, records: Sequence[RunRecord]) -> RunRecord | None:
+def of_similar_size(record: RunRecord, parameters: float) -> bool:
+    """Whether what a model of so many parameters takes can be told from what the record's took."""
+    own: float | None = record.model.get("parameters")
+    return not own or not parameters or 1 / SIMILAR < own / parameters < SIMILAR
+
+
+def _nearest(wanted: Wanted, parameters: int, records: Sequence[RunRecord]) -> RunRecord | None:
     """The training record that tells most of a run: of the same arm, of the same shapes and ways; then the newest."""
     place = {"device": wanted.device.type, "dtype": str(wanted.dtype).removeprefix("torch.")}
     told = ("train_tokens_per_second", "train_flops_per_token")
@@ -332,6 +347,7 @@ def _nearest(wanted: Wanted, records: Sequence[RunRecord]) -> RunRecord | None:
         if record.stage == "train"
         and place.items() <= record.settings.items()
         and all(record.value(name) for name in told)
+        and of_similar_size(record, parameters)
     ]
 
     def likeness(record: RunRecord) -> tuple[bool, bool, bool, str]:
@@ -363,23 +379,38 @@ def _once(like: RunRecord) -> float:
 
 
 def _peaks(static: float, flops: float, like: RunRecord, wanted: Wanted) -> dict[str, float]:
-    """A record's peaks with this run's weights, gradients and moments, and the rest by tokens in a row and by FLOP."""
+    """A record's peaks with this run's weights, gradients and moments; libraries' as they are, the rest by FLOP."""
     own = static_bytes(like.model["parameters"], like.model["trainable_parameters"] or 0)
     more = wanted.settings.row_length / like.settings["row_length"] * flops / (like.value("train_flops_per_token") or 1)
     found = {metric.name: metric.value for metric in like.metrics if metric.name.startswith("peak_")}
-    return {name: static + max(0.0, value - own) * more for name, value in found.items() if value is not None}
+    peaks = {}
+    for name, value in found.items():
+        if value is not None:
+            rest = max(0.0, value - own)
+            around = min(rest, process_bytes()) if wanted.device.type == "cpu" else 0.0
+            peaks[name] = static + around + (rest - around) * more
+    return peaks
 
 
 @functools.cache
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a large product of two matrices."""
-    size = LARGE[device.type]
-    left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(4):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        (left @ right)[0, 0].item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of a large product of two matrices; of a smaller one where that takes long, as in a slow dtype."""
+    size, best = LARGE[device.type] // 8, 0.0
+    while size <= LARGE[device.type]:
+        left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        seconds = [_product_seconds(left, right) for _ in range(4)]
+        best = max(best, 2 * size**3 / min(seconds))
+        if min(seconds) > LONG_PRODUCT_SECONDS:
+            break
+        size *= 2
+    del left, right
+    give_back(device)  # what the allocator keeps would count as the next stage's
+    return best
+
+
+def _product_seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    if left.is_cuda:
+        torch.cuda.synchronize(left.device)
+    began = time.perf_counter()
+    (left @ right)[0, 0].item()
+    return time.perf_counter() - began

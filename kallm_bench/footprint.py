@@ -79,7 +79,7 @@ def estimated_peaks(
     total += at_once * vocabulary * (2 * dtype.itemsize + BETWEEN[device.type])  # products, their slope
     if device.type == "cuda":
         return {"peak_vram_allocated_bytes": total, "peak_vram_reserved_bytes": RESERVED[fast] * total}
-    return {"peak_resident_bytes": total + _process_bytes()}
+    return {"peak_resident_bytes": total + process_bytes()}
 
 
 def _through(block: nn.Module) -> int:
@@ -92,6 +92,6 @@ def _through(block: nn.Module) -> int:
     return sum(int(each.shape[0] + each.shape[-1]) for each in weights)
 
 
-def _process_bytes() -> int:
+def process_bytes() -> int:
     """What this process takes with its libraries, without a model."""
     return memory_in_use(torch.device("cpu")) or 0

@@ -155,11 +155,11 @@ def read_suite(
     names = [arm["name"] for arm in arms] + [problem.arm for problem in problems]
     if len(set(names)) < len(names):
         raise SuiteError(f"{path}: two arms have one name; it has {names}")
-    chosen = list(content.get("seeds", [0]) if seeds is None else seeds)
+    named, chosen = (str(path), list(content.get("seeds", [0]))) if seeds is None else ("--seeds", list(seeds))
     if not chosen or not all(type(seed) is int and 0 <= seed < 2**32 for seed in chosen):
-        raise SuiteError(f"{path}: seeds should be whole numbers from 0, at least one, got {chosen}")
+        raise SuiteError(f"{named}: seeds should be whole numbers from 0 to {2**32 - 1}, at least one, got {chosen}")
     if len(set(chosen)) < len(chosen):
-        raise SuiteError(f"{path}: a seed stands twice in {chosen}")
+        raise SuiteError(f"{named}: a seed stands twice in {chosen}")
     for name in only:
         if name not in names:
             raise SuiteError(unknown("arm", name, names))

@@ -34,7 +34,7 @@ def h100() -> list[RunRecord]:
 
 @pytest.fixture
 def on_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "_product_rate", lambda device, dtype: H100_PRODUCT_RATE)
+    monkeypatch.setattr(budget, "product_rate", lambda device, dtype: H100_PRODUCT_RATE)
 
 
 def wanted(suite: str, arm: str, **others: Any) -> Wanted:
@@ -83,14 +83,15 @@ def test_a_seed_tells_what_the_next_one_takes(arm: str, h100: list[RunRecord]) -
 
 def test_what_comes_once_does_not_grow_with_the_tokens(tiny_llama: Any) -> None:
     settings = TrainSettings(tokens=10 * 64, row_length=32, rows_per_step=2, scope="all", heldout_rows=1)
-    config = tiny_llama(vocab_size=97).config
+    model = tiny_llama(vocab_size=97)
+    config, parameters = model.config, sum(each.numel() for each in model.parameters())
 
     def record(seconds: float) -> RunRecord:
         figures = {"train_tokens_per_second": 64.0, "train_flops_per_token": 1e9, "train_seconds": seconds}
         return RunRecord(
             id="r", stage="train", suite="s", arm="a", seed=0, testbed="t", started="", seconds=1.0, parents=(),
             settings={"device": "cpu", "dtype": "float32"} | settings.described(), key="", data={}, environment={},
-            model={"parameters": 1000, "trainable_parameters": 1000},
+            model={"parameters": parameters, "trainable_parameters": 1000},
             metrics=tuple(Metric(name, value) for name, value in figures.items()),
         )  # fmt: skip
 

@@ -37,6 +37,7 @@ ORDER = [
     "forecast",
     "footprint",
     "budget",
+    "efforts",
     "engine",
     "fetch",
     "generate",

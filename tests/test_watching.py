@@ -20,6 +20,7 @@ from test_training import CHAT, write_chat
 
 from kallm_bench import budget, console
 from kallm_bench.budget import Budget, Room, Wanted, foresee, try_run
+from kallm_bench.efforts import Effort
 from kallm_bench.engine import CellForecast
 from kallm_bench.errors import Interrupted, TrainingError
 from kallm_bench.models import KANSpec, retrofit, save_checkpoint
@@ -375,24 +376,33 @@ def test_what_it_would_take_is_shown_with_whether_it_fits(
     assert "about 1:15" in shown.out
     assert "memory: 3.00 GiB of 2.00 GiB: does not fit" in shown.err
     assert "disk: 3.74 GiB of 1024.00 GiB: fits" in shown.err
-    cells = [CellForecast("kan", "0", "cheby2", budget=coming), CellForecast("bad", "0", "linear", trouble="why")]
+    efforts = {"train": Effort(75.0, 3 * 2**30, "measured"), "chat eval-bbh": Effort(30.0, 2**40, "an estimate")}
+    cells = [
+        CellForecast("kan", "0", "cheby2", parameters=10**9, budget=coming, efforts=efforts),
+        CellForecast("bad", "0", "linear", trouble="why"),
+        CellForecast("bad", "1", "linear", trouble="why"),
+    ]
     console.show_cells(cells, Room(2**40, 2**30), as_json=False)
     shown = capsys.readouterr()
     assert "1.00M" in shown.out
-    assert "why" in shown.out
-    assert "Training takes about 1:15 in all" in shown.out
-    assert "does not fit" in shown.err
+    assert "measured; an estimate" in shown.out
+    assert "About 1:45 in all: training 1:15, questions 0:30." in shown.out
+    assert "memory: 1024.00 GiB of 1024.00 GiB: fits" in shown.err
+    assert "disk: 3.74 GiB of 1.00 GiB: does not fit" in shown.err
+    assert shown.err.count("would be refused: arm 'bad': why") == 1
+    assert "profile" not in shown.out  # no cell has any
 
 
 @pytest.mark.parametrize("width", [50, 90, 500])
 def test_a_table_of_many_arms_is_readable_on_any_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console.streams, "out", Console(file=(file := io.StringIO()), width=width))
     coming = Budget(10, 640, 10**9, 10**6, 7500.0, {}, "measured", rows_at_once=4)
-    cells = [CellForecast(f"arm-{n}", str(n), "cheby2", budget=coming) for n in range(12)]
+    efforts = {"train": Effort(7500.0, None, "measured")}
+    cells = [CellForecast(f"arm-{n}", str(n), "cheby2", budget=coming, efforts=efforts) for n in range(12)]
     console.show_cells(cells, Room(2**40, 2**40), as_json=False)
     shown = file.getvalue()
     assert all(f" {cell.arm} " in shown for cell in cells)
-    assert shown.count(" 2 h ") == 12
+    assert shown.count(" 2 h ") == 24  # of training, and of the cell
     assert max(map(len, shown.splitlines())) <= width
 
 
@@ -449,20 +459,22 @@ def test_a_suite_is_foreseen_from_records_of_this_machine(home: Path, kallm: Run
 
 
 def test_the_nearest_record_is_taken(tiny_llama: Any) -> None:
-    def record(arm: str, started: str, **settings: Any) -> RunRecord:
+    parameters = sum(each.numel() for each in tiny_llama(vocab_size=97).parameters())
+
+    def record(arm: str, started: str, size: int = parameters, **settings: Any) -> RunRecord:
         figures = (Metric("train_tokens_per_second", 100.0), Metric("train_flops_per_token", 1e6),
                    Metric("peak_resident_bytes", 1e9))  # fmt: skip
         place = {"device": "cpu", "dtype": "float32", "row_length": 1024, "rows_per_step": 32, "scope": "all"}
         return RunRecord(
             id=arm, stage="train", suite="s", arm=arm, seed=0, testbed="t", started=started, seconds=1.0, parents=(),
-            settings=place | settings, key="", model={"parameters": 1, "trainable_parameters": 1}, data={},
+            settings=place | settings, key="", model={"parameters": size, "trainable_parameters": 1}, data={},
             metrics=figures, environment={},
         )  # fmt: skip
 
     settings, cpu = TrainSettings(scope="all"), torch.device("cpu")
     wanted = Wanted("s", "mine", tiny_llama(vocab_size=97).config, None, settings, cpu, torch.float32, 4)
     known = [record("mine", "1", row_length=32), record("like", "2"), record("new", "3", rows_per_step=1)]
-    known.append(record("gpu", "4", device="cuda"))
+    known += [record("gpu", "4", device="cuda"), record("large", "5", size=9 * parameters)]
     for taken in ("mine", "like", "new"):
         assert foresee(wanted, known).source == f"by {taken} of s"
         known = [each for each in known if each.arm != taken]

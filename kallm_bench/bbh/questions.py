@@ -23,7 +23,8 @@ PROCEDURAL_COUNT = 100
 
 OFFLINE = (
     "BIG-Bench Hard is not on this disk and the hub cannot be reached. On a connected machine run `kallm fetch bbh`, "
-    "and pass its folder here as --source or KALLM_BBH_DIR; or take --source procedural, which is not BIG-Bench Hard"
+    "and name its folder here: KALLM_BBH_DIR, --source, or `source` in a suite's [eval]; or take --source procedural, "
+    "which is not BIG-Bench Hard"
 )
 
 

@@ -17,6 +17,9 @@ MODEL_OPTIONS = ("checkpoint", "other", "batch", "length", "scope", "trust_remot
 KERNEL_OPTIONS = ("suite", "shape", "basis", "tokens", "tune")
 """What `kallm profile` takes only without --kernels, and only with it."""
 
+TUNING_SECONDS = 20.0
+"""Of one size, until the first one has told."""
+
 
 def profile(
     context: typer.Context,
@@ -144,13 +147,14 @@ def _profile_kernels(
     from kallm_bench import engine
     from kallm_bench.profiling import find_device
     from kallm_bench.reporting import build_tables
-    from kallm_bench.suites import choose_kernels
+    from kallm_bench.suites import Suite, choose_kernels
 
     asked = choose_kernels(suite, shapes, bases, tokens, repeats, find_device(device).type == "cpu")
     if asked.note:
         console.tell(asked.note)
-    with console.Display(engine.plan_of_kernels(asked.problems)) as display:
+    with console.Display() as display:
         bench = make_bench(results, display, device, dtype, None, suite_file=asked.suite_file)
+        display.expect(engine.plan_of(bench, Suite(asked.suite, "", (), (), asked.problems)))
         bench = dataclasses.replace(bench, suite=asked.suite)
         records = []
         for problem in asked.problems:
@@ -186,7 +190,8 @@ def _tune_kernels(
     check_writable(cache_folder())
     sizes = sizes_of(choose_kernels(suite, shapes, bases, tokens, repeats, place.type == "cpu").problems)
     rows = []
-    with console.Display({str(size): 1.0 for size in sizes}) as display:
+    with console.Display() as display:
+        display.expect({str(size): TUNING_SECONDS for size in sizes})
         for size in sizes:
             display.begin(str(size))
             for operation, seconds in tune(size, place, find_dtype(dtype, place), repeats or 6).items():

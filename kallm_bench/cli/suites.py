@@ -74,11 +74,12 @@ def run(
         return
     other = {"--model": model, "--data": data, "--heldout": heldout}
     named = shlex.join([suite, *(word for option, value in other.items() if value for word in (option, value))])
-    with console.Display(engine.plan_of(read)) as display:
+    with console.Display() as display:
         bench = make_bench(
             results, display, device, dtype, batch_size, suite_file=named, prefix_cache=prefix_cache,
             trackers=read_trackers(track),
         )  # fmt: skip
+        display.expect(engine.plan_of(bench, read))
         records, failures = engine.run_suite(bench, read, begin=display.begin)
     report = engine.write_report(bench.store, read, bench.testbed, records)
     tell_damaged(bench.store)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.progress import (
     BarColumn,
@@ -20,6 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from kallm_bench.console import streams
+from kallm_bench.console.ahead import Ahead
 from kallm_bench.console.grids import minutes
 
 PLAIN_EVERY_SECONDS = 15.0
@@ -27,12 +28,6 @@ PLAIN_EVERY_SECONDS = 15.0
 
 NOTES = 4
 """Parts of a note that are shown."""
-
-MAIN_WORKS = ("training", "questions", "contenders")
-"""Of what a part of a plan consists of, the works that take its time."""
-
-SKIPPED_SECONDS = 3.0
-"""A part that is over sooner was done by an earlier run."""
 
 
 class NotePart(ProgressColumn):
@@ -75,29 +70,27 @@ class Lines(Progress):
 
 
 class _Left(TimeRemainingColumn):
-    """The time left, with the word."""
+    """The time left, with the word: what the task says of it, else by its speed."""
 
     def render(self, task: Task) -> Text:
+        if (told := task.fields.get("left")) is not None:
+            return Text(f"left {told}" if told else "")
         return Text("left ") + super().render(task)
 
 
 class Display:
     """Shows progress while it is entered; it is the Watch that stages are given.
 
-    With `plan`, the predicted work of each part, it also shows how much of the whole is done and how long the rest will
-    take. Predictions need only be right relative to each other.
+    Once it knows what to `expect`, it also shows how much of the whole is done and how long the rest will take.
 
     A work of which nothing is counted is a word about how it goes: said once, and on a terminal left standing above the
     bars. `silent` shows nothing.
     """
 
-    def __init__(self, plan: dict[str, float] | None = None, silent: bool = False) -> None:
-        self.plan = plan or {}
+    def __init__(self, silent: bool = False) -> None:
+        self.ahead = Ahead({})
         self.silent = silent
         self.last_word = ""
-        self.part = ""
-        self.finished = 0.0
-        self.part_began = self.began = time.monotonic()
         self.last_plain = 0.0
         self.last_work = ""
         self.heard = ("", 0, 0, 0.0)
@@ -108,21 +101,21 @@ class Display:
     def __enter__(self) -> Display:
         if streams.err.is_terminal and not self.silent:
             self.progress.start()
-            if self.plan:
-                self.whole = self.progress.add_task("all", total=100, note="")
         return self
 
     def __exit__(self, *exception: object) -> None:
         if streams.err.is_terminal:
             self.progress.stop()
 
+    def expect(self, plan: Mapping[str, float]) -> None:
+        """The seconds that each part of the whole would take."""
+        self.ahead = Ahead(plan)
+        if plan and self.whole is None and streams.err.is_terminal and not self.silent:
+            self.whole = self.progress.add_task("all of it", total=100, note="", left="")
+
     def begin(self, part: str) -> None:
         """A part of the plan begins; the one before it is done."""
-        now = time.monotonic()
-        if now - self.part_began < SKIPPED_SECONDS:
-            self.plan.pop(self.part, None)  # was done before; counted as work it would promise too much
-        self.finished += self.plan.get(self.part, 0.0)
-        self.part, self.part_began = part, now
+        self.ahead.begin(part)
 
     def __call__(self, work: str, done: int, total: int, note: str = "") -> None:
         if self.silent:
@@ -132,18 +125,18 @@ class Display:
                 streams.tell(work)
             self.last_word = work
             return
-        share = self._share(work, done, total)
-        left = self._left(share) or self._left_of_work(work, done, total)
+        self.ahead.hear(work, done, total)
+        left = self.ahead.left()
+        left_text = minutes(left) if left else self._left_of_work(work, done, total)
         if not streams.err.is_terminal:
-            self._plain(work, done, total, note, left)
+            self._plain(work, done, total, note, left_text)
             return
         if self.whole is not None:
-            description = f"all of it, {self.part}" if self.part else "all of it"
             self.progress.update(
                 self.whole,
-                completed=round(100 * share),
-                description=description,
-                note=f"about {left} left" if left else "",
+                completed=min(99, int(100 * self.ahead.share(left))),
+                description=f"all of it, {self.ahead.part}" if self.ahead.part else "all of it",
+                left=f"about {left_text}" if left_text else "",
             )
         if self.current is None or work != self.last_work:
             if self.current is not None:
@@ -153,22 +146,10 @@ class Display:
             self.last_work = work
         self.progress.update(self.current, completed=done, total=total or None, note=note)
 
-    def _share(self, work: str, done: int, total: int) -> float:
-        """How much of the whole plan is done, 0 to 1; of a part that is several works, the main one counts."""
-        whole = sum(self.plan.values())
-        within = self.plan.get(self.part, 0.0) * (done / total if total and work in MAIN_WORKS else 0.0)
-        return (self.finished + within) / whole if whole else 0.0
-
-    def _left(self, share: float) -> str:
-        elapsed = time.monotonic() - self.began
-        if share < 0.02:
-            return ""
-        return minutes(elapsed * (1 - share) / share)
-
     def _left_of_work(self, work: str, done: int, total: int) -> str:
         """By the speed since this work was first heard of; where there is no plan, that is all that is known."""
         now = time.monotonic()
-        if self.plan or (work, total) != self.heard[:2]:
+        if self.ahead.plan or (work, total) != self.heard[:2]:
             self.heard = (work, total, done, now)
             return ""
         _, _, first, began = self.heard
@@ -183,5 +164,10 @@ class Display:
         if work == self.last_work and done == total and now - self.last_plain < 1:
             return
         self.last_plain, self.last_work = now, work
-        parts = [self.part, f"{work} {done}/{total}" if total else work, note, f"about {left} left" if left else ""]
+        parts = [
+            self.ahead.part,
+            f"{work} {done}/{total}" if total else work,
+            note,
+            f"about {left} left" if left else "",
+        ]
         streams.err.print(", ".join(part for part in parts if part), soft_wrap=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from kallm_bench.console.grids import gib, minutes, show_grid, show_pairs, show_rows
-from kallm_bench.console.streams import say, show_json, tell
+from kallm_bench.console.streams import fail, say, show_json, tell
 
 if TYPE_CHECKING:
     from kallm_bench.budget import Budget, Room
@@ -78,35 +78,80 @@ def _too_much(peaks: Sequence[float], disk_bytes: float, room: Room) -> list[str
     return lines
 
 
-CELL_HEADINGS = (
-    "arm", "seed", "what", "training tokens", "steps", "parameters", "that learn", "takes", "peak memory",
-    "checkpoint", "known from", "questions from",
-)  # fmt: skip
+STAGES = {"retrofit": "retrofit", "train": "training", "eval-bbh": "questions", "profile": "profile"}
+"""Stages, and what stands above the time that each takes."""
 
 
 def show_cells(cells: Sequence[CellForecast], room: Room, as_json: bool) -> None:
-    """The cells of a suite, with what each one's training would take, and all of it."""
+    """The cells of a suite with what each would take, all of it, and why the suite would be refused as things are."""
     if as_json:
-        show_json([dataclasses.asdict(cell) | {"budget": cell.budget and cell.budget.to_json()} for cell in cells])
+        show_json([_as_json(cell) for cell in cells])
         return
-    show_grid("Nothing was run: this is what it would take", [CELL_HEADINGS, *(_cell_row(cell) for cell in cells)])
-    budgets = [cell.budget for cell in cells if cell.budget]
-    if budgets:
-        # every cell keeps what it retrofitted and what it trained; states go one after the other
-        kept = sum(2 * budget.checkpoint_bytes for budget in budgets)
-        disk = kept + max(budget.disk_bytes - budget.checkpoint_bytes for budget in budgets)
-        say(f"Training takes about {minutes(sum(budget.seconds for budget in budgets))} in all.")
-        for line in _too_much([budget.peak_bytes or 0 for budget in budgets], disk, room):
-            tell(line)
+    columns = [_column(heading, cells) for heading in _CELL_COLUMNS]
+    told = [column for column in columns if any(text != NOTHING for text in column[1:])]
+    show_grid("Nothing was run: this is what it would take", list(zip(*told, strict=True)))
+    _show_sum(cells, room)
+    for trouble, arm in {cell.trouble: cell.arm for cell in reversed(cells) if cell.trouble}.items():
+        fail(f"as things are, it would be refused: arm '{arm}': {trouble}")
 
 
-def _cell_row(cell: CellForecast) -> list[str]:
-    budget = cell.budget
-    if budget is None:
-        return [cell.arm, cell.seed, cell.what, *("–" for _ in range(7)), cell.trouble or "–", cell.questions or "–"]
-    return [
-        cell.arm, cell.seed, cell.what, f"{budget.tokens:,}", f"{budget.steps:,}", f"{budget.parameters / 1e6:.2f}M",
-        f"{budget.trainable_parameters / 1e6:.2f}M", minutes(budget.seconds),
-        gib(budget.peak_bytes) if budget.peak_bytes else "–", gib(budget.checkpoint_bytes), budget.source,
-        cell.questions or "–",
-    ]  # fmt: skip
+def _show_sum(cells: Sequence[CellForecast], room: Room) -> None:
+    whole = sum(cell.seconds for cell in cells)
+    if not whole:
+        return
+    apart = {label: sum(_seconds(cell, stage) for cell in cells) for stage, label in STAGES.items()}
+    parts = ", ".join(f"{label} {minutes(seconds)}" for label, seconds in apart.items() if seconds)
+    say(f"About {minutes(whole)} in all{f': {parts}' if parts else ''}.")
+    if filed := sum(cell.filed for cell in cells):
+        say(f"{filed} of {len(cells)} cells have their records here: what has not changed since is not done again.")
+    # every cell keeps what it retrofitted and what it trained; states go one after the other
+    kept = sum(4 * cell.parameters * len({"retrofit", "train"} & set(cell.efforts)) for cell in cells)
+    states = (cell.budget.disk_bytes - cell.budget.checkpoint_bytes for cell in cells if cell.budget)
+    for line in _too_much([cell.peak_bytes or 0 for cell in cells], kept + max(states, default=0), room):
+        tell(line)
+
+
+NOTHING = "–"
+"""In the place of what a cell does not have."""
+
+
+def _seconds(cell: CellForecast, stage: str) -> float:
+    """Of the parts of a cell that belong to a stage."""
+    return sum(effort.seconds for name, effort in cell.efforts.items() if name.split()[-1] == stage)
+
+
+def _time_of(stage: str) -> Callable[[CellForecast], str]:
+    def shown(cell: CellForecast) -> str:
+        return minutes(seconds) if (seconds := _seconds(cell, stage)) else NOTHING
+
+    return shown
+
+
+_CELL_COLUMNS: dict[str, Callable[[CellForecast], str]] = {
+    "arm": lambda cell: cell.arm,
+    "seed": lambda cell: cell.seed or NOTHING,
+    "what": lambda cell: cell.what,
+    "training tokens": lambda cell: f"{cell.budget.tokens:,}" if cell.budget else NOTHING,
+    "parameters": lambda cell: f"{cell.parameters / 1e6:.2f}M" if cell.parameters else NOTHING,
+    "that learn": lambda cell: f"{cell.budget.trainable_parameters / 1e6:.2f}M" if cell.budget else NOTHING,
+    **{label: _time_of(stage) for stage, label in STAGES.items()},
+    "takes": lambda cell: minutes(cell.seconds) if cell.seconds else NOTHING,
+    "peak memory": lambda cell: gib(cell.peak_bytes) if cell.peak_bytes else NOTHING,
+    "checkpoint": lambda cell: gib(cell.budget.checkpoint_bytes) if cell.budget else NOTHING,
+    "known from": lambda cell: "; ".join(cell.sources) or _why_not(cell),
+    "questions from": lambda cell: cell.questions or NOTHING,
+}
+
+
+def _why_not(cell: CellForecast) -> str:
+    """Why a cell would take nothing."""
+    return "would be refused" if cell.trouble else "done with another cell" if cell.parameters else NOTHING
+
+
+def _column(heading: str, cells: Sequence[CellForecast]) -> list[str]:
+    return [heading, *map(_CELL_COLUMNS[heading], cells)]
+
+
+def _as_json(cell: CellForecast) -> dict[str, Any]:
+    sums = {"seconds": cell.seconds, "peak_bytes": cell.peak_bytes}
+    return dataclasses.asdict(cell) | sums | {"budget": cell.budget and cell.budget.to_json()}

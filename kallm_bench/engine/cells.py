@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from transformers import PreTrainedConfig
 
-from kallm_bench.bbh.evaluate import prepare
+from kallm_bench.bbh.evaluate import EvalSettings, prepare
 from kallm_bench.engine.costs import profile
 from kallm_bench.engine.cutting import cut_model
 from kallm_bench.engine.data import data_of, fingerprint_of, tokenizer_of
@@ -17,6 +18,7 @@ from kallm_bench.engine.questions import eval_bbh
 from kallm_bench.engine.retrofitting import retrofit
 from kallm_bench.engine.starting import SEEN
 from kallm_bench.engine.training import train_model
+from kallm_bench.errors import DataError
 from kallm_bench.filing import Bench, ModelRef, find_ref, ref_after
 from kallm_bench.models import (
     CalibrationSettings,
@@ -47,8 +49,9 @@ def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda par
     if {"eval-bbh", "profile"} & set(cell.stages):
         bench.shared.forget(SEEN)
     if "eval-bbh" in cell.stages:
-        begin(part_of(cell, "eval-bbh"))
-        records += [eval_bbh(bench, ref, each) for each in cell.evals]
+        for each in cell.evals:
+            begin(part_of(cell, asking(each)))
+            records.append(eval_bbh(bench, ref, each))
     if "profile" in cell.stages:
         begin(part_of(cell, "profile"))
         records.append(profile(bench, ref, cell.profile))
@@ -122,7 +125,7 @@ def config_of(cell: Cell, ref: ModelRef) -> PreTrainedConfig:
     """Of the model that a cell replaces parts of, which `ref` opens before it is cut and before other arms are."""
     if cell.after:
         config = config_of(cell.after, ref)
-        return _noting(config, spec_of(cell.after, ref, config))
+        return noting(config, spec_of(cell.after, ref, config))
     return _untouched_config(cell, ref)
 
 
@@ -131,7 +134,7 @@ def _untouched_config(cell: Cell, ref: ModelRef) -> PreTrainedConfig:
     return cut_config(config, cell.cut.blocks) if cell.cut.cuts else config
 
 
-def _noting(config: PreTrainedConfig, spec: KANSpec | None) -> PreTrainedConfig:
+def noting(config: PreTrainedConfig, spec: KANSpec | None) -> PreTrainedConfig:
     """The configuration of a model after another retrofit."""
     if spec is None:
         return config
@@ -153,12 +156,10 @@ def check_cell(cell: Cell, shared: Shared | None = None) -> None:
     shared = shared or Shared()
     ref = find_ref(cell.model)
     config = config_of(cell, ref)
-    if cell.cut.data:
-        find_texts(cell.cut.data)
+    with _saying_how_to_take_others():
+        _check_data(cell)
     if spec := spec_of(cell, ref, config):
         spec = complete_spec(config, spec)
-    if text := _calibration_of(cell):
-        data_of(text)
     replaced = bool(cell.spec or specs_of(config))
     if cell.train.steps and "train" in cell.stages:
         check_scope(cell.train.scope, replaced=replaced, tail_from=cell.train.tail_from)
@@ -169,11 +170,27 @@ def check_cell(cell: Cell, shared: Shared | None = None) -> None:
         check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
     tokenizer = tokenizer_of(ref.open(), shared)
     fingerprint_of(tokenizer, shared)
-    if "train" in cell.stages:
-        data_of(cell.train)
     if "eval-bbh" in cell.stages:
         for each in cell.evals:
             prepare(each, tokenizer)
+
+
+def _check_data(cell: Cell) -> None:
+    """Asks whether all texts of a cell are there."""
+    if cell.cut.data:
+        find_texts(cell.cut.data)
+    if text := _calibration_of(cell):
+        data_of(text)
+    if "train" in cell.stages:
+        data_of(cell.train)
+
+
+@contextmanager
+def _saying_how_to_take_others() -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{error}; --data and --heldout name what to take in the place of the suite's own") from error
 
 
 def _check_lessons(cell: Cell, lessons: Lessons, config: PreTrainedConfig, spec: KANSpec | None) -> None:
@@ -181,8 +198,27 @@ def _check_lessons(cell: Cell, lessons: Lessons, config: PreTrainedConfig, spec:
     if not lessons.curriculum.active:
         return
     base = skeleton_of(_untouched_config(cell, lessons.base)) if lessons.base else None
-    make_curriculum(skeleton_of(_noting(config, spec)), lessons.curriculum, cell.train, base)
+    make_curriculum(skeleton_of(noting(config, spec)), lessons.curriculum, cell.train, base)
 
 
-def part_of(cell: Cell, stage: str) -> str:
-    return f"{cell.arm} seed {cell.seed} {stage}"
+def parts_of(cell: Cell) -> list[str]:
+    """What a cell consists of, in order: a name each, which ends in that of its stage."""
+    parts = ["retrofit"] if cell.spec else []
+    parts += ["train"] if "train" in cell.stages else []
+    parts += [asking(each) for each in cell.evals] if "eval-bbh" in cell.stages else []
+    return [*parts, *(["profile"] if "profile" in cell.stages else [])]
+
+
+def asking(settings: EvalSettings) -> str:
+    """The name of the part that asks these questions."""
+    return f"{settings.protocol} eval-bbh"
+
+
+def stage_of(name: str) -> str:
+    """The stage that a part belongs to, whether its cell stands before it or not."""
+    return name.rpartition(" ")[2]
+
+
+def part_of(cell: Cell, name: str) -> str:
+    """What of a suite's work a part of a cell is."""
+    return f"{cell.arm} seed {cell.seed} {name}"

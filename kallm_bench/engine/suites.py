@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from kallm_bench.bbh.tasks import TASKS
-from kallm_bench.engine.cells import check_cell, part_of, run_cell
+from kallm_bench.engine.cells import check_cell, run_cell
 from kallm_bench.engine.costs import profile_kernels
 from kallm_bench.engine.failures import Place, Ran, apart, failed_before
 from kallm_bench.errors import KallmError
 from kallm_bench.files import check_writable
 from kallm_bench.filing import Bench
-from kallm_bench.profiling import KernelProblem
 from kallm_bench.records import RunRecord
 from kallm_bench.reporting import Figure, judged, written
 from kallm_bench.suites import Cell, Suite
@@ -59,25 +57,3 @@ def _ended(cell: Cell, records: Sequence[RunRecord]) -> str:
                 found[label] = written(name, Figure(value, *judged(record, name)))
     figures = ", ".join(f"{label} {value}" for label, value in found.items())
     return f"{cell.arm}, seed {cell.seed}: {figures or 'done'}"
-
-
-def plan_of(suite: Suite) -> dict[str, float]:
-    """How much work each stage of each cell is, in tokens forwarded; enough to tell how long the rest will take."""
-    plan = {}
-    for cell in suite.cells:
-        heldout = cell.train.heldout_rows * cell.train.row_length * (2 if cell.train.steps else 1)
-        questions = sum((each.limit or 250) * len(each.tasks or TASKS) for each in cell.evals)
-        tokens = sum(point.batch * point.length for point in cell.profile.points)
-        tokens += 3 * len(cell.profile.steps) * cell.profile.batch * cell.profile.length
-        work = {"retrofit": 1000, "train": 3 * cell.train.tokens + heldout, "eval-bbh": 600 * questions}
-        work["profile"] = 3 * tokens * (cell.profile.repeats + 1)
-        if cell.spec and cell.spec.needs_calibration:
-            steps = cell.spec.start_steps if {"distill", "sequence"} & set(cell.spec.start.split("+")) else 0
-            work["retrofit"] = 2 * cell.calibration.tokens + 1000 * steps
-        plan.update({part_of(cell, stage): float(work[stage]) for stage in cell.stages})
-    return plan | plan_of_kernels(suite.kernels)
-
-
-def plan_of_kernels(problems: Sequence[KernelProblem]) -> dict[str, float]:
-    """The same of problems for layers alone: compiling takes most of the time, and the same for each contender."""
-    return {problem.arm: 10_000.0 * len(problem.contenders) for problem in problems}
