@@ -35,6 +35,7 @@ def train(
     heldout: Annotated[
         str | None, typer.Option(help="Held-out data; every 50th conversation, or 10th text, if left out.")
     ] = None,
+    heldout_rows: Annotated[int, typer.Option(help="How many of its rows are scored, the first ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="How many tokens to see; 0 only measures the held-out loss.")] = 1_000_000,
     row_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 1024,
     rows_per_step: Annotated[int, typer.Option(help="Rows that make one optimiser step.")] = 32,
@@ -44,7 +45,9 @@ def train(
     distill: Annotated[
         float, typer.Option(help="Share of the loss that is what the untouched model would say, 0 to 1.")
     ] = 0.0,
-    temperature: Annotated[float, typer.Option(help="By which logits are divided for that.")] = 2.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --distill: by which logits are divided for that; 2 if left out.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="With --distill: the untouched model; what CKPT was made of, if left out.")
     ] = None,
@@ -86,8 +89,10 @@ def train(
     from kallm_bench.profiling import find_device
     from kallm_bench.training import DistillationSettings, TrainSettings, join
 
-    if base is not None and not distill:
-        raise typer.BadParameter("--base is for --distill")
+    for option, given in (("--base", base), ("--temperature", temperature)):
+        if given is not None and not distill:
+            raise typer.BadParameter(f"{option} is for --distill")
+    softened = {} if temperature is None else {"temperature": temperature}
     with join(find_device(device)) as processes:
         if shard and processes.count == 1:
             raise TrainingError("--shard splits weights over several processes; start them by torchrun, as --help says")
@@ -96,6 +101,7 @@ def train(
                 settings = TrainSettings(
                     data=data,
                     heldout=heldout,
+                    heldout_rows=heldout_rows,
                     tokens=tokens,
                     row_length=row_length,
                     rows_per_step=rows_per_step,
@@ -111,7 +117,7 @@ def train(
                 )  # fmt: skip
                 ref = find_ref(checkpoint, trust_remote_code)
                 lessons = engine.Lessons(
-                    distillation=DistillationSettings(distill, temperature),
+                    distillation=DistillationSettings(distill, **softened),
                     base=find_ref(base, trust_remote_code) if base else None,
                 )
             if dry_run:

@@ -1,5 +1,6 @@
 """Which model, where its feed-forward parts are, how one is replaced, saved and loaded."""
 
+from kallm_bench.models.anatomy import context_length
 from kallm_bench.models.calibration import Calibration, CalibrationSettings, Seen, is_tight
 from kallm_bench.models.checkpoint import (
     Original,
@@ -43,6 +44,7 @@ __all__ = [
     "Source",
     "blocks_to_revert",
     "complete_spec",
+    "context_length",
     "cut",
     "cut_config",
     "find_model",

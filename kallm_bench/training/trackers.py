@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kallm_bench.errors import TrainingError, unknown
-from kallm_bench.files import write_file
+from kallm_bench.files import explained, write_file
 from kallm_bench.progress import Log
 
 PROJECT = "kallm"
@@ -87,20 +88,37 @@ def tracking(
         run: the same name for a run that goes on.
         folder: where trackers that write files shall write them.
         settings: of the run, which JSON can hold.
+
+    Raises:
+        DiskError: the disk refused what a tracker wrote; from the Log too.
     """
     begun: list[Any] = []
 
     def log(step: int, figures: Mapping[str, float]) -> None:
-        if not begun:
-            begun.extend(_begin(name, _Run(run, folder, settings, step), on_cpu) for name in names)
-        for each in begun:
-            each.log(dict(figures), step=step)
+        with explained(folder):
+            if not begun:
+                begun.extend(_begin(name, _Run(run, folder, settings, step), on_cpu) for name in names)
+            for each in begun:
+                each.log(dict(figures), step=step)
 
+    with _quiet_writers():
+        try:
+            yield log
+        finally:
+            with explained(folder):
+                for each in begun:
+                    each.finish()
+
+
+@contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Shows no traceback of a thread that the disk refused: the tracker raises what it died of when it is used next."""
+    before = threading.excepthook
+    threading.excepthook = lambda died: None if isinstance(died.exc_value, OSError) else before(died)
     try:
-        yield log
+        yield
     finally:
-        for each in begun:
-            each.finish()
+        threading.excepthook = before
 
 
 def _begin(name: str, run: _Run, on_cpu: bool) -> Any:
