@@ -347,6 +347,23 @@ def test_a_tracker_that_the_disk_refuses_stops_with_a_line(tmp_path: Path, capsy
     assert threading.excepthook is hook
 
 
+@pytest.mark.parametrize("when", ["start", "log"])
+def test_a_tracker_that_fails_stops_with_a_line(
+    home: Path, kallm: Run, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*words: Any, **named: Any) -> None:
+        raise RuntimeError("No API key configured.\nMore of it.")
+
+    monkeypatch.setattr(TensorBoardTracker, when, fail)
+    code, out, err = kallm(*WORDS, "--track", "tensorboard")
+    assert (code, out) == (1, "")
+    assert err.endswith("\nerror: --track tensorboard: No API key configured.\n")
+    assert "Traceback" not in err
+
+
 def test_nothing_is_imported_that_was_not_asked_for(home: Path, kallm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate.tracking", None)  # importing it would fail
     assert kallm(*WORDS)[0] == 0

@@ -32,7 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 def read_trackers(text: str) -> tuple[str, ...]:
     from kallm_bench.training import check_trackers
 
-    names = tuple(read_names(text, "--track")) if text else ()
+    names = tuple(dict.fromkeys(read_names(text, "--track"))) if text else ()
     check_trackers(names)
     return names
 

@@ -142,9 +142,15 @@ def train(
         shard(model, processes)
     device = model.device
     if not agrees_with_model(model, rows.batch([0], device)["input_ids"][:, :8]):
-        raise TrainingError(f"{type(model).__name__} does more between its decoder and its logits than is known here")
+        raise TrainingError(
+            f"{type(model).__name__} cannot be trained here: it does more between its decoder and its logits than is "
+            "known here. Take another architecture, such as Llama, Qwen3 or GPT-2"
+        )
     if not keeps_documents_apart(model, rows.batch([0], device)["input_ids"][:, :16]):
-        raise TrainingError(f"{type(model).__name__} lets documents packed into one row see each other")
+        raise TrainingError(
+            f"{type(model).__name__} cannot be trained here: documents packed into one row would see each other. Take "
+            "another architecture, such as Llama, Qwen3 or GPT-2"
+        )
     fit = Fit(batch_rows, watch, fixed=sharded)
     with Forward(
         model,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kallm_bench.errors import TrainingError, unknown
+from kallm_bench.errors import KallmError, TrainingError, unknown
 from kallm_bench.files import explained, write_file
 from kallm_bench.progress import Log
 
@@ -91,23 +91,37 @@ def tracking(
 
     Raises:
         DiskError: the disk refused what a tracker wrote; from the Log too.
+        TrainingError: the same of all else that a tracker raises, such as that it wants a login, or finds no server.
     """
-    begun: list[Any] = []
+    begun: dict[str, Any] = {}
 
     def log(step: int, figures: Mapping[str, float]) -> None:
-        with explained(folder):
-            if not begun:
-                begun.extend(_begin(name, _Run(run, folder, settings, step), on_cpu) for name in names)
-            for each in begun:
-                each.log(dict(figures), step=step)
+        for name in names:
+            with _told(name, folder):
+                if name not in begun:
+                    begun[name] = _begin(name, _Run(run, folder, settings, step), on_cpu)
+                begun[name].log(dict(figures), step=step)
 
     with _quiet_writers():
         try:
             yield log
         finally:
-            with explained(folder):
-                for each in begun:
+            for name, each in begun.items():
+                with _told(name, folder):
                     each.finish()
+
+
+@contextmanager
+def _told(name: str, folder: Path) -> Iterator[None]:
+    """Turns whatever a tracker raises into one line."""
+    try:
+        with explained(folder):
+            yield
+    except KallmError:
+        raise
+    except Exception as error:  # they have errors of their own, which only they know
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise TrainingError(f"--track {name}: {reason}") from error
 
 
 @contextmanager
