@@ -21,6 +21,7 @@ from transformers import dynamic_module_utils
 import kallm_bench
 from kallm_bench.models import load_model, save_checkpoint
 from kallm_bench.records import ResultsStore
+from kallm_bench.training import SCOPES, TASKS
 
 CHAT = "".join(
     json.dumps(
@@ -625,3 +626,8 @@ def test_every_help_teaches(kallm: Run, command: str) -> None:
     code, out, _ = kallm(*filter(None, [command]), "--help")
     assert code == 0
     assert "Usage" in out
+
+
+def test_the_help_of_train_says_what_scopes_and_tasks_are(kallm: Run) -> None:
+    told = kallm("train", "--help")[1]
+    assert [name for name in (*SCOPES, *TASKS) if f"{name}:" not in told and name != "all"] == []

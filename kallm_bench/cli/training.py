@@ -39,9 +39,15 @@ def train(
     tokens: Annotated[int, typer.Option(help="How many tokens to see; 0 only measures the held-out loss.")] = 1_000_000,
     row_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 1024,
     rows_per_step: Annotated[int, typer.Option(help="Rows that make one optimiser step.")] = 32,
-    scope: Annotated[str, typer.Option(help="What learns: replaced, tail, tail+head, all, lora.")] = "tail",
+    scope: Annotated[
+        str,
+        typer.Option(
+            help="What learns. replaced: the new modules; tail: all blocks from the first of them on, and the last "
+            "norm; tail+head: the head too; all; lora: low-rank adapters, which end up in the weights."
+        ),
+    ] = "tail",
     task: Annotated[str, typer.Option(help="chat: the assistant's words; classify: each text's class.")] = "chat",
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 4e-4,
+    learning_rate: Annotated[float, typer.Option(help="Its peak, after a warm-up; it falls as a cosine.")] = 4e-4,
     distill: Annotated[
         float, typer.Option(help="Share of the loss that is what the untouched model would say, 0 to 1.")
     ] = 0.0,
@@ -78,9 +84,11 @@ def train(
     """Train what was replaced, or more, on conversations; stopped with Ctrl-C, the same command goes on.
 
     kallm train runs/bundled-cheby2-25-29-... --tokens 1000000
+    kallm train CKPT --tokens 1000000 --dry-run
     kallm train CKPT --distill 0.5
     kallm train runs/... --task classify --data train.jsonl.gz --heldout test.jsonl.gz --row-length 256
     torchrun --nproc-per-node 2 -m kallm_bench.cli train CKPT --tokens 1000000
+    Schedules, other rates for new modules, weight decay, clipping and curricula are for suites: kallm run
     """
     from kallm_bench import engine
     from kallm_bench.budget import Room

@@ -1,6 +1,5 @@
 """Which model, where its feed-forward parts are, how one is replaced, saved and loaded."""
 
-from kallm_bench.models.anatomy import context_length
 from kallm_bench.models.calibration import Calibration, CalibrationSettings, Seen, is_tight
 from kallm_bench.models.checkpoint import (
     Original,
@@ -11,7 +10,7 @@ from kallm_bench.models.checkpoint import (
     write_card,
 )
 from kallm_bench.models.cut import CutSettings, cut, cut_config
-from kallm_bench.models.modeling import skeleton_of, specs_of
+from kallm_bench.models.modeling import context_length, skeleton_of, specs_of
 from kallm_bench.models.retrofit import (
     complete_spec,
     parameters_of,

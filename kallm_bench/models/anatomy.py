@@ -197,12 +197,6 @@ def _architecture(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return architecture
 
 
-def context_length(config: PreTrainedConfig) -> int | None:
-    """How many tokens one document may have; None where a model's configuration does not say."""
-    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return most if isinstance(most, int) and most > 0 else None
-
-
 def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's list of blocks.
 
