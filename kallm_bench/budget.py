@@ -32,7 +32,7 @@ from kallm_bench.progress import Watch
 from kallm_bench.records import RunRecord
 from kallm_bench.training import Forward, Rows, Teacher, TrainSettings, apply_scope, train
 from kallm_bench.training.entry import first_learning
-from kallm_bench.training.loop import SAVE_EVERY_SECONDS, SAVE_SHARE, TrainResult, enough_rows
+from kallm_bench.training.loop import SAVE_EVERY_SECONDS, SAVE_SHARE, TrainResult, check_rows
 from kallm_bench.training.prefix_cache import size_of
 
 TRIAL_STEPS = 4
@@ -173,7 +173,7 @@ def try_run(
     Raises:
         TrainingError: as `train` would: too little data, no memory for one row.
     """
-    enough_rows(rows, settings)
+    check_rows(rows, settings)
     needed = {rows: settings.steps * settings.rows_per_step, heldout: settings.heldout_rows}
     ways = ways | {"cache": _whole_cache(model, needed, settings, ways)}
     batch = ways["batch_rows"]

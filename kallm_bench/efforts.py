@@ -159,7 +159,7 @@ def _nearest(stage: str, suite: str, arm: str, work: Work, records: Sequence[Run
         and not each.reused
         and of_similar_size(each, work.parameters)
         and _has_text(each.settings) == _has_text(settings)
-        and all(each.settings.get(name, settings[name]) == settings[name] for name in ("device", "dtype"))
+        and all(each.settings.get(name) in (None, settings.get(name)) for name in ("device", "dtype"))
     ]
 
     def likeness(record: RunRecord) -> tuple[int, bool, str]:

@@ -7,13 +7,14 @@ import re
 import tomllib
 import types as types_module
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kallm_bench.bbh.evaluate import EvalSettings
-from kallm_bench.errors import SuiteError, unknown
+from kallm_bench.errors import KallmError, SuiteError, unknown
 from kallm_bench.models import CalibrationSettings, CutSettings, KANSpec
 from kallm_bench.profiling import DTYPES, KernelProblem, KernelSettings, ProfileSettings, problems_by_hand
 from kallm_bench.training import CurriculumSettings, DistillationSettings, TrainSettings
@@ -320,7 +321,8 @@ def _spec(arm: dict[str, Any], seed: int, suite: dict[str, Any], here: str) -> K
     given = {key: value for key, value in arm.items() if key in fields}
     if (wanted := given.get("params")) != "original" and isinstance(wanted, str) and wanted in names:
         del given["params"]
-    return KANSpec(seed=seed, **given)
+    with _located(here):
+        return KANSpec(seed=seed, **given)
 
 
 def _matched(arm: dict[str, Any], seed: int, suite: dict[str, Any], here: str) -> KANSpec:
@@ -348,7 +350,17 @@ def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
         if not (bool in plain if isinstance(value, bool) else isinstance(value, plain) or number):
             names = " or ".join(each.__name__ for each in plain if each is not type(None))
             raise SuiteError(f"{where}: {key} should be of type {names}, got {value!r}")
-    return kind(**values)
+    with _located(where):
+        return kind(**values)
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Puts before an error about values where in the suite they stand."""
+    try:
+        yield
+    except KallmError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def _frozen(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -18,8 +19,10 @@ import torch
 from conftest import Run
 from scipy import stats
 
+from kallm_bench.engine.data import rows_of
 from kallm_bench.errors import CheckpointError, DataError, ModelError, SpecError, TrainingError
 from kallm_bench.models import KANSpec, cut, cut_config, load_checkpoint, retrofit, save_checkpoint
+from kallm_bench.sharing import Shared
 from kallm_bench.suites import read_suite
 from kallm_bench.training import TrainSettings, answer, find_texts, prepare_texts, put_head, train, used_tokens
 from kallm_bench.training.classify import Answers, read_head, write_head
@@ -151,6 +154,16 @@ def test_a_broken_text_is_named(bundled_tokenizer: Any, tmp_path: Path, row: Any
     source = write(tmp_path / "bad.jsonl", [{"text": "fine", "label": 0}, row])
     with pytest.raises(DataError, match=says):
         prepare_texts(source, bundled_tokenizer, 24)
+
+
+def test_training_texts_are_no_heldout_texts_under_another_name(
+    bundled_tokenizer: Any, data: tuple[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "same.jsonl").write_bytes(gzip.decompress(Path(data[0]).read_bytes()))
+    settings = TrainSettings(data[0], str(tmp_path / "same.jsonl"), row_length=24, task="classify")
+    with pytest.raises(DataError, match=r"same\.jsonl: the held-out data is the training data"):
+        rows_of(settings, bundled_tokenizer, lambda done, total: None, Shared())
+    rows_of(dataclasses.replace(settings, heldout=data[1]), bundled_tokenizer, lambda done, total: None, Shared())
 
 
 def test_classes_that_cannot_be_learned_are_refused(

@@ -21,6 +21,7 @@ from transformers import dynamic_module_utils
 import kallm_bench
 from kallm_bench.models import load_model, save_checkpoint
 from kallm_bench.records import ResultsStore
+from kallm_bench.training import SCOPES, TASKS
 
 CHAT = "".join(
     json.dumps(
@@ -532,6 +533,7 @@ def bring_code(base: Path, folder: Path) -> None:
         ("train base --data gone.jsonl --scope all", "no data file"),
         ("train base --data chat.jsonl --tokens 64 --row-length 32 --rows-per-step 2", "take --scope all"),
         ("train base --data chat.jsonl --tokens 10", "do not fill one step"),
+        ("train base --data notes.csv --scope all", "notes.csv, line 1: not JSON"),
         ("eval-bbh base", "kallm fetch bbh"),
         ("eval-bbh base --source gone", "no folder 'gone'"),
         ("eval-bbh base --source procedural --tasks navigat", "Did you mean 'navigate'"),
@@ -565,6 +567,7 @@ def test_bad_input_gets_one_clear_line(home: Path, kallm: Run, words: str, says:
     bring_code(home / "base", home / "strange")
     (home / "bad.jsonl").write_text(CHAT.splitlines()[0] + "\n{oops\n")
     (home / "none.jsonl").write_text("")
+    (home / "notes.csv").write_text("messages\nhello\n")
     before = sorted(path for path in home.rglob("*") if "results" not in path.parts)
     code, out, err = kallm(*words.split())
     assert code == 1
@@ -583,6 +586,9 @@ def test_usage_errors_leave_with_two(home: Path, kallm: Run) -> None:
         assert code == 2, words
         assert "Traceback" not in err
     assert kallm("run", "small.toml", "--seeds", "a,b")[0] == 2
+    for option in ("--temperature", "--base"):
+        code, _, err = kallm("train", "base", option, "1")
+        assert (code, f"{option} is for --distill" in err) == (2, True)
 
 
 def test_small_commands(home: Path, kallm: Run) -> None:
@@ -620,3 +626,8 @@ def test_every_help_teaches(kallm: Run, command: str) -> None:
     code, out, _ = kallm(*filter(None, [command]), "--help")
     assert code == 0
     assert "Usage" in out
+
+
+def test_the_help_of_train_says_what_scopes_and_tasks_are(kallm: Run) -> None:
+    told = kallm("train", "--help")[1]
+    assert [name for name in (*SCOPES, *TASKS) if f"{name}:" not in told and name != "all"] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gzip
 import json
 import resource
@@ -19,9 +20,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kallm_bench.engine.data import rows_of
 from kallm_bench.errors import DataError
 from kallm_bench.files import DiskError
-from kallm_bench.training import Forward, find_data, prepare, rows, tokens
+from kallm_bench.sharing import Shared
+from kallm_bench.training import Forward, TrainSettings, find_data, prepare, rows, tokens
 from kallm_bench.training.conversations import Conversation, DataSource
 from kallm_bench.training.data import IGNORE, LEARN, Template
 from kallm_bench.training.forward import batch_of
@@ -266,6 +269,20 @@ def test_the_same_conversations_in_any_file_are_the_same_rows(
     for one, other in zip(expected, found, strict=True):
         assert np.array_equal(one.tokens[:], other.tokens[:])
         assert np.array_equal(one.flags[:], other.flags[:])
+
+
+@pytest.mark.parametrize("name", ["list.json", "chat.jsonl.gz", "chat.parquet"])
+def test_training_data_are_no_heldout_data_under_another_name(
+    bundled_tokenizer: Any, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KALLM_CACHE", str(tmp_path / "cache"))
+    learned, same, fewer = (
+        write_chat(tmp_path / each, CHAT * count) for each, count in (("chat.jsonl", 40), (name, 40), ("own.jsonl", 39))
+    )
+    settings = TrainSettings(learned, same, row_length=32)
+    with pytest.raises(DataError, match=f"{name}: the held-out data is the training data"):
+        rows_of(settings, bundled_tokenizer, lambda done, total: None, Shared())
+    rows_of(dataclasses.replace(settings, heldout=fewer), bundled_tokenizer, lambda done, total: None, Shared())
 
 
 def test_content_in_parts_of_text_is_put_together(tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ def test_light_rooms_stay_light(module: str, never: str) -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
+def test_models_are_imported_before_transformers() -> None:
+    """As a notebook does it; importing transformers then imports models, in the midst of which it comes."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", "from kallm_bench.models import load_model"], check=True)
+
+
 def test_only_the_console_prints() -> None:
     for path in FILES:
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]

@@ -180,6 +180,7 @@ def test_a_wrong_suite_is_refused_in_one_line(tmp_path: Path, text: str, says: s
     with pytest.raises(KallmError, match=says) as error:
         read_suite(path)
     assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
 
 
 def test_ways_to_teach_are_read_for_the_suite_and_for_an_arm(tmp_path: Path) -> None:
@@ -324,6 +325,7 @@ def test_a_taught_arm_is_another_one_and_a_plain_one_is_what_it_was(bench: Bench
         ('basis = "cheby2"\nblocks = "2-3"\ntrain.tail_from = 3\ncurriculum.stages = "forwards"',
          "arm 'wrong': tail_from 3: block 2 was replaced and would not learn"),
         ('train.scope = "all"\ncurriculum.anneal = "linear"', "arm 'wrong': stages and annealing need replaced blocks"),
+        ("train.tokens = 0\ntrain.row_length = 513", "arm 'wrong': rows of 513 tokens .* take rows of at most 512"),
     ],
 )  # fmt: skip
 def test_what_an_arm_cannot_be_taught_is_refused_before_the_first_stage(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from kallm_bench.errors import DataError, Interrupted, TrainingError
 from kallm_bench.models import KANSpec, retrofit
@@ -350,6 +351,34 @@ def test_settings_that_cannot_be_are_refused(tiny_llama: Any, rows: Any, tmp_pat
     retrofit(model, KANSpec("3", "cheby2"))
     with pytest.raises(TrainingError, match="take at most"):
         train(model, *rows, TrainSettings(tokens=10**6, row_length=32, rows_per_step=2), tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [0, SMALL.tokens])
+def test_rows_longer_than_a_model_reads_are_refused(tiny_llama: Any, rows: Any, tmp_path: Path, tokens: int) -> None:
+    settings = dataclasses.replace(SMALL, tokens=tokens, scope="all")
+    train(tiny_llama(max_position_embeddings=32), *rows, settings, None)
+    with pytest.raises(TrainingError, match=r"rows of 32 tokens .* the model reads at once; take rows of at most 31"):
+        train(tiny_llama(max_position_embeddings=31), *rows, settings, None)
+
+
+def test_an_architecture_whose_packed_documents_meet_is_refused(rows: Any) -> None:
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(OPTConfig(vocab_size=49152, word_embed_proj_dim=32, **sizes)).eval()
+    with pytest.raises(TrainingError, match="OPTForCausalLM cannot be trained here: documents packed into one row"):
+        train(model, *rows, dataclasses.replace(SMALL, scope="all"), None)
+
+
+def test_data_in_which_nobody_answers_trains_nothing(
+    tiny_llama: Any, rows: Any, bundled_tokenizer: Any, tmp_path: Path
+) -> None:
+    asked = [[{"role": "user", "content": f"Question {number}, and then another one?"}] for number in range(200)]
+    source = write_chat(tmp_path / "asked.jsonl", asked)
+    silent, _ = prepare(source, bundled_tokenizer, 32, tmp_path / "cache")
+    settings = dataclasses.replace(SMALL, scope="all")
+    with pytest.raises(TrainingError, match="no token of the training rows is the assistant's"):
+        train(tiny_llama(), silent, rows[1], settings, None)
+    with pytest.raises(TrainingError, match="no token of the held-out rows is the assistant's"):
+        train(tiny_llama(), rows[0], silent, settings, None)
 
 
 def test_no_tokens_measure_and_change_nothing(tiny_llama: Any, rows: Any, tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import importlib.util
 import io
 import itertools
 import json
+import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from kallm_bench.budget import Budget, Room, Wanted, foresee, try_run
 from kallm_bench.efforts import Effort
 from kallm_bench.engine import CellForecast
 from kallm_bench.errors import Interrupted, TrainingError
+from kallm_bench.files import DiskError
 from kallm_bench.models import KANSpec, retrofit, save_checkpoint
 from kallm_bench.profiling import describe_run, heldout_curve
 from kallm_bench.profiling.flops import training_flops
@@ -212,6 +215,18 @@ def test_a_record_has_speed_memory_and_curve_and_reports_show_them(home: Path, k
     assert profiled["train_tokens_per_second/profile"]["unit"] == "tokens/s"
 
 
+def test_few_heldout_rows_are_scored_where_few_are_asked_for(home: Path, kallm: Run) -> None:
+    counts = []
+    write_chat(home / "own.jsonl", CHAT * 20)
+    for rows in ("2", "4"):
+        code, out, err = kallm(*WORDS, "--heldout", "own.jsonl", "--heldout-rows", rows, "--json")
+        assert code == 0, err
+        (record,) = json.loads(out)
+        assert record["settings"]["heldout_rows"] == int(rows)
+        counts.append({metric["name"]: metric["n"] for metric in record["metrics"]}["heldout_loss"])
+    assert 0 < counts[0] < counts[1]
+
+
 def test_a_setting_that_is_not_used_leaves_the_key_alone(home: Path, kallm: Run) -> None:
     (record,) = json.loads(kallm(*WORDS, "--json")[1])
     assert "heldout_every" not in record["settings"]
@@ -311,6 +326,43 @@ def test_tensorboard_is_told_of_every_step_once(home: Path, kallm: Run, monkeypa
     (record,) = ResultsStore("results").records()
     losses = next(metric.samples for metric in record.metrics if metric.name == "train_loss")
     assert [event.value for event in log.Scalars("loss")] == pytest.approx(list(losses), rel=1e-6)
+
+
+def test_a_tracker_that_the_disk_refuses_stops_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    hook = threading.excepthook
+
+    def write() -> None:
+        with trackers.tracking(["tensorboard"], "run", tmp_path, {}, on_cpu=True) as log:
+            for step in range(1000):
+                log(step, {"loss": 1.0})
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(DiskError, match=f"cannot write {tmp_path}: the file would be larger than allowed"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().err == ""
+    assert threading.excepthook is hook
+
+
+@pytest.mark.parametrize("when", ["start", "log"])
+def test_a_tracker_that_fails_stops_with_a_line(
+    home: Path, kallm: Run, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from accelerate.tracking import TensorBoardTracker
+
+    def fail(*words: Any, **named: Any) -> None:
+        raise RuntimeError("No API key configured.\nMore of it.")
+
+    monkeypatch.setattr(TensorBoardTracker, when, fail)
+    code, out, err = kallm(*WORDS, "--track", "tensorboard")
+    assert (code, out) == (1, "")
+    assert err.endswith("\nerror: --track tensorboard: No API key configured.\n")
+    assert "Traceback" not in err
 
 
 def test_nothing_is_imported_that_was_not_asked_for(home: Path, kallm: Run, monkeypatch: pytest.MonkeyPatch) -> None:

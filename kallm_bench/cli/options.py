@@ -32,7 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 def read_trackers(text: str) -> tuple[str, ...]:
     from kallm_bench.training import check_trackers
 
-    names = tuple(read_names(text, "--track")) if text else ()
+    names = tuple(dict.fromkeys(read_names(text, "--track"))) if text else ()
     check_trackers(names)
     return names
 
@@ -40,7 +40,7 @@ def read_trackers(text: str) -> tuple[str, ...]:
 def read_names(text: str, option: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise typer.BadParameter(f"'{text}' names nothing; leave it out for all", param_hint=option)
+        raise typer.BadParameter(f"'{text}' names nothing; name something, or leave it out", param_hint=option)
     return names
 
 

@@ -35,16 +35,25 @@ def train(
     heldout: Annotated[
         str | None, typer.Option(help="Held-out data; every 50th conversation, or 10th text, if left out.")
     ] = None,
+    heldout_rows: Annotated[int, typer.Option(help="How many of its rows are scored, the first ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="How many tokens to see; 0 only measures the held-out loss.")] = 1_000_000,
     row_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 1024,
     rows_per_step: Annotated[int, typer.Option(help="Rows that make one optimiser step.")] = 32,
-    scope: Annotated[str, typer.Option(help="What learns: replaced, tail, tail+head, all, lora.")] = "tail",
+    scope: Annotated[
+        str,
+        typer.Option(
+            help="What learns. replaced: the new modules; tail: all blocks from the first of them on, and the last "
+            "norm; tail+head: the head too; all; lora: low-rank adapters, which end up in the weights."
+        ),
+    ] = "tail",
     task: Annotated[str, typer.Option(help="chat: the assistant's words; classify: each text's class.")] = "chat",
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 4e-4,
+    learning_rate: Annotated[float, typer.Option(help="Its peak, after a warm-up; it falls as a cosine.")] = 4e-4,
     distill: Annotated[
         float, typer.Option(help="Share of the loss that is what the untouched model would say, 0 to 1.")
     ] = 0.0,
-    temperature: Annotated[float, typer.Option(help="By which logits are divided for that.")] = 2.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --distill: by which logits are divided for that; 2 if left out.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="With --distill: the untouched model; what CKPT was made of, if left out.")
     ] = None,
@@ -75,9 +84,11 @@ def train(
     """Train what was replaced, or more, on conversations; stopped with Ctrl-C, the same command goes on.
 
     kallm train runs/bundled-cheby2-25-29-... --tokens 1000000
+    kallm train CKPT --tokens 1000000 --dry-run
     kallm train CKPT --distill 0.5
     kallm train runs/... --task classify --data train.jsonl.gz --heldout test.jsonl.gz --row-length 256
     torchrun --nproc-per-node 2 -m kallm_bench.cli train CKPT --tokens 1000000
+    Schedules, other rates for new modules, weight decay, clipping and curricula are for suites: kallm run
     """
     from kallm_bench import engine
     from kallm_bench.budget import Room
@@ -86,8 +97,10 @@ def train(
     from kallm_bench.profiling import find_device
     from kallm_bench.training import DistillationSettings, TrainSettings, join
 
-    if base is not None and not distill:
-        raise typer.BadParameter("--base is for --distill")
+    for option, given in (("--base", base), ("--temperature", temperature)):
+        if given is not None and not distill:
+            raise typer.BadParameter(f"{option} is for --distill")
+    softened = {} if temperature is None else {"temperature": temperature}
     with join(find_device(device)) as processes:
         if shard and processes.count == 1:
             raise TrainingError("--shard splits weights over several processes; start them by torchrun, as --help says")
@@ -96,6 +109,7 @@ def train(
                 settings = TrainSettings(
                     data=data,
                     heldout=heldout,
+                    heldout_rows=heldout_rows,
                     tokens=tokens,
                     row_length=row_length,
                     rows_per_step=rows_per_step,
@@ -111,7 +125,7 @@ def train(
                 )  # fmt: skip
                 ref = find_ref(checkpoint, trust_remote_code)
                 lessons = engine.Lessons(
-                    distillation=DistillationSettings(distill, temperature),
+                    distillation=DistillationSettings(distill, **softened),
                     base=find_ref(base, trust_remote_code) if base else None,
                 )
             if dry_run:

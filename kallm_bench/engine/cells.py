@@ -35,7 +35,7 @@ from kallm_bench.profiling import find_dtype
 from kallm_bench.records import RunRecord
 from kallm_bench.sharing import Shared
 from kallm_bench.suites import Cell
-from kallm_bench.training import check_scope, find_texts, make_curriculum
+from kallm_bench.training import check_context, check_scope, find_texts, make_curriculum
 
 
 def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None) -> list[RunRecord]:
@@ -170,6 +170,8 @@ def check_cell(cell: Cell, shared: Shared | None = None) -> None:
         check_scope(cell.profile.scope, replaced=replaced, tail_from=cell.profile.tail_from)
     tokenizer = tokenizer_of(ref.open(), shared)
     fingerprint_of(tokenizer, shared)
+    if "train" in cell.stages:
+        check_context(config, cell.train.row_length)
     if "eval-bbh" in cell.stages:
         for each in cell.evals:
             prepare(each, tokenizer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from kallm_bench.errors import DataError
 from kallm_bench.files import cache_folder, sha256
 from kallm_bench.models import CalibrationSettings, Source, load_config, load_tokenizer, weights_folder
@@ -46,20 +48,33 @@ def data_of(
 ) -> tuple[DataSource | DataTable, DataSource | DataTable | None]:
     """The training data, and the held-out data where that has a source of its own. DataError where they are one."""
     find = find_texts if isinstance(settings, TrainSettings) and settings.task == "classify" else find_data
-    data, heldout = find(settings.data), find(settings.heldout) if settings.heldout else None
+    data, heldout = find(settings.data), find(settings.heldout) if settings.heldout is not None else None
     if heldout and heldout.fingerprint == data.fingerprint:
-        raise DataError(f"{settings.heldout}: the held-out data is the training data; leave it out to hold a part back")
+        raise _held_out_twice(settings)
     return data, heldout
+
+
+def _held_out_twice(settings: TrainSettings | CalibrationSettings) -> DataError:
+    return DataError(f"{settings.heldout}: the held-out data is the training data; leave it out to hold a part back")
 
 
 def rows_of(
     settings: TrainSettings | CalibrationSettings, tokenizer: Any, packing: Callable[[int, int], None], shared: Shared
 ) -> tuple[Rows, Rows]:
-    """What is trained on, and what is held out."""
+    """What is trained on, and what is held out. DataError where they are one under two names."""
+    rows, kept = _packed(settings, tokenizer, packing, shared)
+    if settings.heldout and rows.tokens.shape == kept.tokens.shape and np.array_equal(rows.tokens[:], kept.tokens[:]):
+        raise _held_out_twice(settings)
+    return rows, kept
+
+
+def _packed(
+    settings: TrainSettings | CalibrationSettings, tokenizer: Any, packing: Callable[[int, int], None], shared: Shared
+) -> tuple[Rows, Rows]:
     data, heldout = data_of(settings)
     if isinstance(settings, TrainSettings) and settings.task == "classify":
-        rows, kept = prepare_texts(settings.data, tokenizer, settings.row_length, settings.heldout)
-        return rows.enough_for(settings.steps * settings.rows_per_step), kept
+        labelled, kept = prepare_texts(settings.data, tokenizer, settings.row_length, settings.heldout)
+        return labelled.enough_for(settings.steps * settings.rows_per_step), kept
     cache = cache_folder()
     texts = (settings.data, data.fingerprint, settings.heldout, heldout and heldout.fingerprint)
     return shared.once(

@@ -10,7 +10,7 @@ from kallm_bench.engine.checkpoints import base_of
 from kallm_bench.errors import TrainingError
 from kallm_bench.filing import ModelRef
 from kallm_bench.models import load_config, specs_of
-from kallm_bench.training import CurriculumSettings, DistillationSettings, TrainSettings
+from kallm_bench.training import CurriculumSettings, DistillationSettings, TrainSettings, check_context
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Lessons:
         """Asks whether it goes with these settings. TrainingError if not."""
         if settings.task == "classify" and self.distillation.active:
             raise TrainingError("task 'classify' has nothing to distill: the untouched model knows no classes")
+        if self.base:
+            check_context(load_config(self.base.open()), settings.row_length, "the untouched model")
         if settings.scope == "lora" and self.curriculum.active:
             raise TrainingError("a curriculum changes what adapters would be added to; take another scope than 'lora'")
 

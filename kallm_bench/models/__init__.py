@@ -10,7 +10,7 @@ from kallm_bench.models.checkpoint import (
     write_card,
 )
 from kallm_bench.models.cut import CutSettings, cut, cut_config
-from kallm_bench.models.modeling import skeleton_of, specs_of
+from kallm_bench.models.modeling import context_length, skeleton_of, specs_of
 from kallm_bench.models.retrofit import (
     complete_spec,
     parameters_of,
@@ -43,6 +43,7 @@ __all__ = [
     "Source",
     "blocks_to_revert",
     "complete_spec",
+    "context_length",
     "cut",
     "cut_config",
     "find_model",

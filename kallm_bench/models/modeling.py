@@ -100,6 +100,12 @@ class KallmForCausalLM:
         """Asked of what comes from a modelling file, so that saving copies that file. Saving does so anyway."""
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """How many tokens one document may have; None where a model's configuration does not say."""
+    most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
 def specs_of(config: PreTrainedConfig) -> list[KANSpec]:
     """The retrofits noted in a base model's configuration; empty for an untouched one."""
     return [KANSpec.from_json(spec) for spec in getattr(config, "kallm", None) or []]

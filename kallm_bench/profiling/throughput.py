@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from kallm_bench.models import context_length
 from kallm_bench.profiling.flops import NO_DATA_SHEET, Limits, cache_bytes, forward_flops, limits_of, weight_bytes
 from kallm_bench.profiling.hardware import Reading
 from kallm_bench.profiling.memory import peak_memory, suppressed_lack
@@ -153,8 +154,8 @@ def new_tokens(point: Point, settings: ProfileSettings) -> int:
 
 def too_long(model: PreTrainedModel, length: int) -> str:
     """Why a model does not take so many tokens; empty where it does, or does not say."""
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return f"the model takes {most} tokens" if isinstance(most, int) and 0 < most < length else ""
+    most = context_length(model.config)
+    return f"the model takes {most} tokens" if most is not None and most < length else ""
 
 
 def random_tokens(model: PreTrainedModel, point: Point) -> Tensor:

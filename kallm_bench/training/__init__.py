@@ -1,5 +1,6 @@
 """Training: conversations or labelled texts to packed rows, what learns, the loss, the loop."""
 
+from kallm_bench.training.checks import check_context
 from kallm_bench.training.classify import CLASSIFIER, Answers, answer, check_head, put_head, read_head, write_head
 from kallm_bench.training.curriculum import CurriculumSettings, make_curriculum
 from kallm_bench.training.data import DataSource, Rows, find_data, prepare, tokenizer_fingerprint
@@ -39,6 +40,7 @@ __all__ = [
     "answer",
     "apply_scope",
     "asked_for",
+    "check_context",
     "check_head",
     "check_scope",
     "check_trackers",

@@ -1,12 +1,30 @@
-"""What is asked of an architecture before it is trained: whether decoder and head can be run apart, and rows packed."""
+"""What is asked of a model before it is trained: whether it reads such rows, and comes apart where it has to."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from kallm_bench.errors import TrainingError
+from kallm_bench.models import context_length
 from kallm_bench.training.loss import logits_of
+
+
+def check_context(config: PreTrainedConfig, row_length: int, whose: str = "the model") -> None:
+    """Asks whether a model reads as many tokens as a row has, all of which may be of one document.
+
+    Args:
+        whose: how it is called in the error.
+
+    Raises:
+        TrainingError: it reads fewer.
+    """
+    most = context_length(config)
+    if most is not None and most < row_length:
+        raise TrainingError(
+            f"rows of {row_length} tokens are longer than {whose} reads at once; take rows of at most {most} tokens"
+        )
 
 
 @torch.no_grad()

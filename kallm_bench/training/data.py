@@ -78,7 +78,9 @@ def _rows(source: str, data: DataSource, documents: Documents, tokenizer: Any, r
         raise DataError(f"{source}: no conversations for the {part} part")
     tokens, flags = (Cut(stream, begins, ends, row_length) for stream in (documents.tokens, documents.flags))
     if len(tokens) == 0:
-        raise DataError(f"{source}: the {part} part has fewer than {row_length} tokens, which do not fill a row")
+        raise DataError(
+            f"{source}: the {part} part has fewer than {row_length} tokens, which do not fill a row; take shorter rows"
+        )
     parts = [tokens_key(data, tokenizer), str(row_length), part, "packing-2"]
     return Rows(tokens, flags, source, hashlib.sha256("\n".join(parts).encode()).hexdigest())
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from kallm_bench.errors import Interrupted, TrainingError
 from kallm_bench.interrupts import StopRequest, deferred_stop
 from kallm_bench.progress import Log, Watch, nobody, nowhere
-from kallm_bench.training.checks import agrees_with_model, keeps_documents_apart
+from kallm_bench.training.checks import agrees_with_model, check_context, keeps_documents_apart
 from kallm_bench.training.data import Rows
 from kallm_bench.training.fit import Fit
 from kallm_bench.training.forward import Forward
@@ -120,13 +120,15 @@ def train(
 
     Raises:
         Interrupted: a signal came; the state after the step it came in is saved.
-        TrainingError: too little data for one pass, a loss or gradient that is not finite (the last good state is
-            kept), no memory for one row, another process that has ended, an architecture whose decoder and head cannot
-            be run apart, a scope that cannot be, or split weights with a curriculum or a teacher.
+        TrainingError: too little data for one pass, none that bears loss, rows longer than the model reads, a loss or
+            gradient that is not finite (the last good state is kept), no memory for one row, another process that has
+            ended, an architecture whose decoder and head cannot be run apart, a scope that cannot be, or split weights
+            with a curriculum or a teacher.
         DiskError: the state could not be saved; the last one is intact.
     """
     steps = settings.steps
-    enough_rows(rows, settings)
+    check_rows(rows, settings)
+    check_context(model.config, settings.row_length)
     if sharded and autocast == torch.float16:
         raise TrainingError("split weights and float16 do not go together; take --dtype bfloat16 or float32")
     if sharded and (curriculum or teaching):
@@ -140,9 +142,15 @@ def train(
         shard(model, processes)
     device = model.device
     if not agrees_with_model(model, rows.batch([0], device)["input_ids"][:, :8]):
-        raise TrainingError(f"{type(model).__name__} does more between its decoder and its logits than is known here")
+        raise TrainingError(
+            f"{type(model).__name__} cannot be trained here: it does more between its decoder and its logits than is "
+            "known here. Take another architecture, such as Llama, Qwen3 or GPT-2"
+        )
     if not keeps_documents_apart(model, rows.batch([0], device)["input_ids"][:, :16]):
-        raise TrainingError(f"{type(model).__name__} lets documents packed into one row see each other")
+        raise TrainingError(
+            f"{type(model).__name__} cannot be trained here: documents packed into one row would see each other. Take "
+            "another architecture, such as Llama, Qwen3 or GPT-2"
+        )
     fit = Fit(batch_rows, watch, fixed=sharded)
     with Forward(
         model,
@@ -161,7 +169,7 @@ def train(
             return TrainResult((), loss, _finite(loss), count, 0)
         fit.release = forward.release
         if kept := forward.keep(cache, {rows: steps * settings.rows_per_step, heldout: settings.heldout_rows}):
-            watch(f"keeps what frozen blocks give in {cache}: {kept / 1e9:.1f} GB when all rows are there", 0, 0)
+            watch(f"keeps what frozen blocks give in {cache}: {kept / 1e6:,.0f} MB when all rows are there", 0, 0)
         learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         optimiser = make_optimiser(model, learning, settings)
         scaler = torch.amp.GradScaler(device.type, enabled=autocast == torch.float16)
@@ -190,14 +198,24 @@ def train(
     )  # fmt: skip
 
 
-def enough_rows(rows: Rows, settings: TrainSettings) -> None:
-    """Asks whether `rows` last for all steps. TrainingError if not."""
+def check_rows(rows: Rows, settings: TrainSettings) -> None:
+    """Asks whether `rows` last for all steps, and whether there is something to learn. TrainingError if not."""
     steps, needed = settings.steps, settings.steps * settings.rows_per_step
     if needed > len(rows):
         raise TrainingError(
             f"{rows.source} fills {len(rows)} rows of {settings.row_length} tokens, {steps} steps need {needed}; "
             f"take at most {len(rows) * settings.row_length} tokens"
         )
+    height = settings.rows_per_step
+    if steps and not any(rows.bearing(np.arange(first, first + height)) for first in range(0, needed, height)):
+        raise TrainingError(nothing_bears(rows, "training"))
+
+
+def nothing_bears(rows: Rows, part: str) -> str:
+    return (
+        f"{rows.source}: no token of the {part} rows is the assistant's, so none bears loss; take more or "
+        "longer rows, or conversations with messages of the role 'assistant'"
+    )
 
 
 def _run(stepper: Stepper, heldout: Rows, curriculum: Curriculum | None, meter: Meter) -> None:
@@ -304,5 +322,5 @@ def heldout_loss(
     if left:
         return math.nan, 0
     if count == 0:
-        raise TrainingError(f"{heldout.source}: no token of the held-out rows is the assistant's, so none bears loss")
+        raise TrainingError(nothing_bears(heldout, "held-out"))
     return total / count, int(count)

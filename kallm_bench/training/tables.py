@@ -119,7 +119,7 @@ def _read_json(path: Path) -> Iterator[tuple[Any, str]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{path}, line {number}"
-                yield parsed(line, where), where
+                yield parsed(line, where, "; a line should be one JSON object"), where
 
 
 def _is_list(path: Path) -> bool:
@@ -135,11 +135,12 @@ def _read_list(path: Path) -> Iterator[tuple[Any, str]]:
         yield entry, f"{path}, entry {number}"
 
 
-def parsed(text: str, where: str) -> Any:
+def parsed(text: str, where: str, wanted: str = "") -> Any:
+    """The value of JSON. DataError where it is none, which ends in what is `wanted`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
+        raise DataError(f"{where}: not JSON ({error}){wanted}") from error
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

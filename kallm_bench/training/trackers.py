@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kallm_bench.errors import TrainingError, unknown
-from kallm_bench.files import write_file
+from kallm_bench.errors import KallmError, TrainingError, unknown
+from kallm_bench.files import explained, write_file
 from kallm_bench.progress import Log
 
 PROJECT = "kallm"
@@ -87,20 +88,51 @@ def tracking(
         run: the same name for a run that goes on.
         folder: where trackers that write files shall write them.
         settings: of the run, which JSON can hold.
+
+    Raises:
+        DiskError: the disk refused what a tracker wrote; from the Log too.
+        TrainingError: the same of all else that a tracker raises, such as that it wants a login, or finds no server.
     """
-    begun: list[Any] = []
+    begun: dict[str, Any] = {}
 
     def log(step: int, figures: Mapping[str, float]) -> None:
-        if not begun:
-            begun.extend(_begin(name, _Run(run, folder, settings, step), on_cpu) for name in names)
-        for each in begun:
-            each.log(dict(figures), step=step)
+        for name in names:
+            with _told(name, folder):
+                if name not in begun:
+                    begun[name] = _begin(name, _Run(run, folder, settings, step), on_cpu)
+                begun[name].log(dict(figures), step=step)
 
+    with _quiet_writers():
+        try:
+            yield log
+        finally:
+            for name, each in begun.items():
+                with _told(name, folder):
+                    each.finish()
+
+
+@contextmanager
+def _told(name: str, folder: Path) -> Iterator[None]:
+    """Turns whatever a tracker raises into one line."""
     try:
-        yield log
+        with explained(folder):
+            yield
+    except KallmError:
+        raise
+    except Exception as error:  # they have errors of their own, which only they know
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise TrainingError(f"--track {name}: {reason}") from error
+
+
+@contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Shows no traceback of a thread that the disk refused: the tracker raises what it died of when it is used next."""
+    before = threading.excepthook
+    threading.excepthook = lambda died: None if isinstance(died.exc_value, OSError) else before(died)
+    try:
+        yield
     finally:
-        for each in begun:
-            each.finish()
+        threading.excepthook = before
 
 
 def _begin(name: str, run: _Run, on_cpu: bool) -> Any:
