@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig
 
 from kallm_bench.errors import DataError, Interrupted, TrainingError
 from kallm_bench.models import KANSpec, retrofit
@@ -359,13 +358,6 @@ def test_rows_longer_than_a_model_reads_are_refused(tiny_llama: Any, rows: Any, 
     train(tiny_llama(max_position_embeddings=32), *rows, settings, None)
     with pytest.raises(TrainingError, match=r"rows of 32 tokens .* the model reads at once; take rows of at most 31"):
         train(tiny_llama(max_position_embeddings=31), *rows, settings, None)
-
-
-def test_an_architecture_whose_packed_documents_meet_is_refused(rows: Any) -> None:
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(OPTConfig(vocab_size=49152, word_embed_proj_dim=32, **sizes)).eval()
-    with pytest.raises(TrainingError, match="OPTForCausalLM cannot be trained here: documents packed into one row"):
-        train(model, *rows, dataclasses.replace(SMALL, scope="all"), None)
 
 
 def test_data_in_which_nobody_answers_trains_nothing(

@@ -37,7 +37,11 @@ def train(
     ] = None,
     heldout_rows: Annotated[int, typer.Option(help="How many of its rows are scored, the first ones.")] = 128,
     tokens: Annotated[int, typer.Option(help="How many tokens to see; 0 only measures the held-out loss.")] = 1_000_000,
-    row_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 1024,
+    row_length: Annotated[int, typer.Option(help="Tokens in a row.")] = 1024,
+    packing: Annotated[
+        bool,
+        typer.Option(help="Full rows of several conversations; without it a row for each, for models that mix them."),
+    ] = True,
     rows_per_step: Annotated[int, typer.Option(help="Rows that make one optimiser step.")] = 32,
     scope: Annotated[
         str,
@@ -112,6 +116,7 @@ def train(
                     heldout_rows=heldout_rows,
                     tokens=tokens,
                     row_length=row_length,
+                    packing=packing,
                     rows_per_step=rows_per_step,
                     scope=scope,
                     task=task,

@@ -77,8 +77,9 @@ def _packed(
         return labelled.enough_for(settings.steps * settings.rows_per_step), kept
     cache = cache_folder()
     texts = (settings.data, data.fingerprint, settings.heldout, heldout and heldout.fingerprint)
+    packed = not isinstance(settings, TrainSettings) or settings.packing
     return shared.once(
         "rows",
-        (*texts, tokenizer, settings.row_length, cache),
-        lambda: prepare(settings.data, tokenizer, settings.row_length, cache, settings.heldout, progress=packing),
+        (*texts, tokenizer, settings.row_length, packed, cache),
+        lambda: prepare(settings.data, tokenizer, settings.row_length, cache, settings.heldout, packed, packing),
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from kallm_bench.errors import DataError
 from kallm_bench.training.conversations import Conversation, DataSource, find_data
-from kallm_bench.training.rows import FIRST, IGNORE, LEARN, Cut, Rows
+from kallm_bench.training.rows import FIRST, IGNORE, LEARN, Apart, Cut, Rows
 from kallm_bench.training.template import Template, tokenizer_fingerprint
 from kallm_bench.training.tokens import Documents, Progress, tokenised, tokens_key
 
@@ -48,6 +48,7 @@ def prepare(
     row_length: int,
     cache: Path,
     heldout: str | None = None,
+    packing: bool = True,
     progress: Progress = lambda done, total: None,
 ) -> tuple[Rows, Rows]:
     """Training rows and held-out rows, cut into tokens on first use and memory-mapped from then on.
@@ -57,6 +58,7 @@ def prepare(
         heldout: the same kinds; None holds out every 50th conversation of `source`.
         row_length: tokens in a row.
         cache: folder of tokenised data.
+        packing: whether documents lie one after the other in full rows, or each in rows of its own, which are not full.
 
     Raises:
         DataError: missing, empty or malformed data, with the line; a chat template that cannot be used; too little data
@@ -67,22 +69,25 @@ def prepare(
     other = find_data(heldout) if heldout else data
     learned, kept = (tokenised(each, tokenizer, cache, progress) for each in (data, other))
     return (
-        _rows(source, data, learned, tokenizer, row_length, "all" if heldout else "train"),
-        _rows(heldout or source, other, kept, tokenizer, row_length, "all" if heldout else "heldout"),
+        _rows(source, data, learned, tokenizer, row_length, "all" if heldout else "train", packing),
+        _rows(heldout or source, other, kept, tokenizer, row_length, "all" if heldout else "heldout", packing),
     )
 
 
-def _rows(source: str, data: DataSource, documents: Documents, tokenizer: Any, row_length: int, part: str) -> Rows:
-    begins, ends = _spans(documents, part)
+def _rows(
+    source: str, data: DataSource, documents: Documents, tokenizer: Any, row_length: int, part: str, packing: bool
+) -> Rows:
+    begins, ends = _spans(documents, part) if packing else _singles(documents, part)
     if not len(begins):
         raise DataError(f"{source}: no conversations for the {part} part")
-    tokens, flags = (Cut(stream, begins, ends, row_length) for stream in (documents.tokens, documents.flags))
+    view = Cut if packing else Apart
+    tokens, flags = (view(stream, begins, ends, row_length) for stream in (documents.tokens, documents.flags))
     if len(tokens) == 0:
         raise DataError(
             f"{source}: the {part} part has fewer than {row_length} tokens, which do not fill a row; take shorter rows"
         )
-    parts = [tokens_key(data, tokenizer), str(row_length), part, "packing-2"]
-    return Rows(tokens, flags, source, hashlib.sha256("\n".join(parts).encode()).hexdigest())
+    parts = [tokens_key(data, tokenizer), str(row_length), part, "packing-2" if packing else "apart-1"]
+    return Rows(tokens, flags, source, hashlib.sha256("\n".join(parts).encode()).hexdigest(), packed=packing)
 
 
 def _spans(documents: Documents, part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -96,3 +101,10 @@ def _spans(documents: Documents, part: str) -> tuple[np.ndarray, np.ndarray]:
     following = np.minimum(held_out + HELDOUT_EVERY, len(documents))
     begins, ends = starts[held_out + 1], starts[following]
     return begins[ends > begins], ends[ends > begins]
+
+
+def _singles(documents: Documents, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same part's documents one by one."""
+    held_out = np.arange(len(documents)) % HELDOUT_EVERY == 0
+    wanted = {"all": held_out | True, "heldout": held_out, "train": ~held_out}[part]
+    return documents.starts[:-1][wanted], documents.starts[1:][wanted]

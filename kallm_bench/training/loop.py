@@ -146,10 +146,11 @@ def train(
             f"{type(model).__name__} cannot be trained here: it does more between its decoder and its logits than is "
             "known here. Take another architecture, such as Llama, Qwen3 or GPT-2"
         )
-    if not keeps_documents_apart(model, rows.batch([0], device)["input_ids"][:, :16]):
+    if rows.packed and not keeps_documents_apart(model, rows.batch([0], device)["input_ids"][:, :16]):
+        instead = "give each a row of its own, by --no-packing, or packing = false in a suite's [train]"
         raise TrainingError(
-            f"{type(model).__name__} cannot be trained here: documents packed into one row would see each other. Take "
-            "another architecture, such as Llama, Qwen3 or GPT-2"
+            f"{type(model).__name__} lets documents that are packed into one row see each other: "
+            + (instead if settings.task == "chat" else "take another architecture, such as Llama, Qwen3 or GPT-2")
         )
     fit = Fit(batch_rows, watch, fixed=sharded)
     with Forward(

@@ -1,9 +1,9 @@
-"""Full rows of tokens as training takes them, cut out of one long stream that stays on the disk."""
+"""Rows of tokens as training takes them, read out of one long stream that stays on the disk."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,24 +16,18 @@ IGNORE = -100
 """Target of a token that bears no loss, as in torch's cross_entropy."""
 
 
-class Cut:
-    """Some spans of a stream, one after the other, cut into full rows: an array (N, T) that is read row by row.
-
-    Nothing is copied but the rows asked for, so that one stream serves rows of every length, and every part of a data
-    set. What is left after the last full row is left out.
+class View:
+    """An array (N, T) of rows that are read out of a stream one by one; nothing is copied but the rows asked for.
 
     Args:
         stream: (L,), usually a memory map.
-        begins, ends: (S,) int64, the spans: stream[begins[s]:ends[s]].
-        row_length: T.
+        shape: (N, T).
     """
 
-    def __init__(self, stream: np.ndarray, begins: np.ndarray, ends: np.ndarray, row_length: int) -> None:
+    def __init__(self, stream: np.ndarray, shape: tuple[int, int]) -> None:
         self._stream = stream
-        self._ends = np.cumsum(ends - begins)  # (S,), counted within the spans alone
-        self._shifts = ends - self._ends  # (S,), from a place within the spans to one in the stream
         self.dtype = stream.dtype
-        self.shape = (int(self._ends[-1]) // row_length if len(ends) else 0, row_length)
+        self.shape = shape
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -45,26 +39,76 @@ class Cut:
         chosen = np.asarray(numbers, dtype=np.int64)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(self):
             raise IndexError(f"row {numbers} of {len(self)}")
+        return self._read(chosen)
+
+    def _read(self, chosen: np.ndarray) -> np.ndarray:
+        """Rows that there are: (B,) numbers -> (B, T)."""
+        raise NotImplementedError
+
+
+class Cut(View):
+    """Some spans of a stream, one after the other, cut into full rows.
+
+    One stream so serves rows of every length, and every part of a data set. What is left after the last full row is
+    left out.
+
+    Args:
+        stream: (L,).
+        begins, ends: (S,) int64, the spans: stream[begins[s]:ends[s]].
+        row_length: T.
+    """
+
+    def __init__(self, stream: np.ndarray, begins: np.ndarray, ends: np.ndarray, row_length: int) -> None:
+        self._ends = np.cumsum(ends - begins)  # (S,), counted within the spans alone
+        self._shifts = ends - self._ends  # (S,), from a place within the spans to one in the stream
+        super().__init__(stream, (int(self._ends[-1]) // row_length if len(ends) else 0, row_length))
+
+    def _read(self, chosen: np.ndarray) -> np.ndarray:
         places = chosen[..., None] * self.shape[1] + np.arange(self.shape[1])
-        shifts = self._shifts[np.searchsorted(self._ends, places, side="right")]
-        rows: np.ndarray = self._stream[places + shifts]
+        rows: np.ndarray = self._stream[places + self._shifts[np.searchsorted(self._ends, places, side="right")]]
         return rows
+
+
+class Apart(View):
+    """Documents of a stream, each in rows of its own: as many as it fills, and zeros after its end.
+
+    Args:
+        stream: (L,).
+        begins, ends: (D,) int64, the documents, none of them empty.
+        row_length: T.
+    """
+
+    def __init__(self, stream: np.ndarray, begins: np.ndarray, ends: np.ndarray, row_length: int) -> None:
+        rows = -(-(ends - begins) // row_length)
+        self._begins, self._ends = begins, ends
+        self._last = np.cumsum(rows)  # (D,), the number of the row after a document's last
+        self._first = self._last - rows
+        super().__init__(stream, (int(self._last[-1]) if len(ends) else 0, row_length))
+
+    def _read(self, chosen: np.ndarray) -> np.ndarray:
+        document = np.searchsorted(self._last, chosen, side="right")
+        begins = self._begins[document] + (chosen - self._first[document]) * self.shape[1]
+        places, ends = begins[..., None] + np.arange(self.shape[1]), self._ends[document][..., None]
+        rows: np.ndarray = np.where(places < ends, self._stream[np.minimum(places, ends - 1)], 0)
+        return rows.astype(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Packed rows of one data set.
+    """Rows of one data set.
 
     Args:
         tokens: (N, T) token ids, on the disk.
         flags: (N, T) uint8, LEARN and FIRST.
         source, fingerprint: what was packed: its name, and a sha256 over data, tokenizer and row length.
+        packed: whether a row may hold several documents.
     """
 
-    tokens: np.ndarray | Cut
-    flags: np.ndarray | Cut
+    tokens: np.ndarray | View
+    flags: np.ndarray | View
     source: str
     fingerprint: str
+    packed: bool = field(default=True, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -31,7 +31,9 @@ class TrainSettings:
         data, heldout: see data.prepare; heldout None holds out a part of `data`.
         tokens: how many are seen, rounded down to whole steps: those of the first rows, whatever the seed. 0 trains
             nothing and measures the held-out loss alone.
-        row_length: tokens in a packed row.
+        row_length: tokens in a row.
+        packing: whether conversations lie one after the other in full rows. Without it each has rows of its own, for
+            architectures that cannot keep them apart; what is left of a row counts as seen, and bears no loss.
         rows_per_step: rows whose gradients make one step, however many go through the model at once, and on however
             many processes.
         scope: a key of scope.SCOPES.
@@ -58,6 +60,7 @@ class TrainSettings:
     heldout: str | None = None
     tokens: int = 1_000_000
     row_length: int = 1024
+    packing: bool = True
     rows_per_step: int = 32
     scope: str = "tail"
     tail_from: int | None = None
@@ -87,6 +90,8 @@ class TrainSettings:
             raise TrainingError(f"tail_from must be at least 0, got {self.tail_from}")
         if self.task not in TASKS:
             raise TrainingError(unknown("task", self.task, TASKS))
+        if self.task != "chat" and not self.packing:
+            raise TrainingError(f"task '{self.task}' packs its texts; packing = false is for chat")
         _ = self.lora  # refuses what cannot be
         if self.schedule not in SCHEDULES:
             raise TrainingError(unknown("schedule", self.schedule, SCHEDULES))
@@ -123,7 +128,7 @@ class TrainSettings:
     def described(self) -> dict[str, Any]:
         """All of it that decides this training, for its record: settings of another task or scope do not."""
         unused = {name for name in vars(self) if name.startswith("lora_") and self.scope != "lora"}
-        unused |= {"task"} if self.task == "chat" else set()
+        unused |= {name for name, usual in {"task": "chat", "packing": True}.items() if getattr(self, name) == usual}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
 
     @property
