@@ -4,6 +4,7 @@
     ├── SpecError         a retrofit that cannot be: unknown basis, degree, blocks, form
     ├── ModelError        a model that cannot be had: no such folder, hub id, GGUF file
     ├── CheckpointError   a checkpoint that is damaged, unknown, or would be overwritten
+    │   └── RemadeError        weights that were gone came out otherwise when they were made again
     ├── DataError         training data that is missing, empty or malformed
     ├── BBHError          questions or tasks that are missing or malformed
     ├── SuiteError        a suite file that does not read
@@ -35,6 +36,10 @@ class ModelError(KallmError):
 
 
 class CheckpointError(KallmError):
+    pass
+
+
+class RemadeError(CheckpointError):
     pass
 
 

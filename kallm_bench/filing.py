@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kallm_bench.errors import CheckpointError
+from kallm_bench.errors import CheckpointError, RemadeError
 from kallm_bench.files import DiskError, check_writable, only_one, sha256
 from kallm_bench.models import Source, find_model, read_base, read_lineage, specs_of
 from kallm_bench.profiling import environment
@@ -88,6 +88,7 @@ class ModelRef:
         fingerprint: of its weights.
         lineage: {"id", "key", "stage"} of the records that led to it, oldest first.
         base: {"source", "fingerprint"} of the model that was retrofitted first.
+        before: the model that it was made from, which has the same tokenizer.
         remake: makes the weights again where they are gone.
         trust_remote_code: whether code that comes with the model may run.
     """
@@ -96,6 +97,7 @@ class ModelRef:
     fingerprint: str
     lineage: tuple[dict[str, str], ...] = ()
     base: Mapping[str, str] = field(default_factory=dict)
+    before: ModelRef | None = None
     remake: Callable[[], RunRecord] | None = None
     trust_remote_code: bool = False
 
@@ -108,6 +110,7 @@ class ModelRef:
         """The model on the disk; made again where it is missing or changed, if that is known how.
 
         Raises:
+            RemadeError: it was made again, and is not what it was.
             CheckpointError: it is not what it was.
         """
         source = self._intact()
@@ -117,12 +120,18 @@ class ModelRef:
         source = source or find_model(self.name, self.trust_remote_code)
         if source.fingerprint != self.fingerprint:
             if self.remake:
-                raise CheckpointError(
+                raise RemadeError(
                     f"{self.name} was made again and its files differ from those that were recorded; "
                     "the same command goes on from the new ones"
                 )
             raise CheckpointError(f"{self.name} has changed since it was recorded; its weights are not the same")
         return source
+
+    def tokenizer_source(self) -> Source:
+        """Where its tokenizer can be read: on the disk, or where it is gone, with the model before. Makes nothing."""
+        if self.before is None:
+            return self.open()
+        return self._intact() or self.before.tokenizer_source()
 
     def _intact(self) -> Source | None:
         if self.remake is not None and not Path(self.name).is_dir():
@@ -151,7 +160,8 @@ def ref_after(record: RunRecord, before: ModelRef, remake: Callable[[], RunRecor
     if not record.artifacts:
         return before
     entry = {"id": record.id, "key": record.key, "stage": record.stage}
-    return ModelRef(str(_folder_of(record)), record.model["fingerprint"], (*before.lineage, entry), before.base, remake)
+    lineage, left = (*before.lineage, entry), record.model["fingerprint"]
+    return ModelRef(str(_folder_of(record)), left, lineage, before.base, before, remake)
 
 
 def new_id(started: datetime, stage: str, arm: str, seed: int, key: str) -> str:

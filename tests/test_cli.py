@@ -127,18 +127,24 @@ def test_a_suite_from_its_first_run_to_its_report(home: Path, kallm: Run) -> Non
     assert (code, out_again) == (0, out)
     assert {record.id for record in records(home)} == set(first)
 
-    # trained weights gone: they are trained again, to the same bits, so what was measured on them still holds
+    # all weights gone: nothing needs them, so nothing is done
     trained = weights(home, "train", "kan")
     before = trained.read_bytes()
     shutil.rmtree(home / "runs")
     assert kallm("run", "small.toml")[0] == 0
+    assert {record.id for record in records(home)} == set(first)
+    assert not trained.exists()
+
+    # a stage that needs them: they are made again, to the same bits, so that what was measured on them still holds
+    (profile,) = [record for record in first.values() if (record.arm, record.stage) == ("kan", "profile")]
+    next((home / "results").rglob(f"{profile.id}.json")).unlink()
+    assert kallm("run", "small.toml")[0] == 0
     assert trained.read_bytes() == before
     new = [record for record in records(home) if record.id not in first]
     assert sorted((record.arm, record.stage) for record in new) == [
+        ("kan", "profile"),
         ("kan", "retrofit"),
         ("kan", "train"),
-        ("linear", "retrofit"),
-        ("linear", "train"),
     ]
 
 
@@ -199,7 +205,7 @@ def test_a_stopped_suite_goes_on_where_it_was(home: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(kallm_bench.__file__).parent.parent)}
     command = [sys.executable, "-m", "kallm_bench.cli", "run", "small.toml"]
     (home / "small.toml").write_text(SUITE.replace("tokens = 256", "tokens = 2048").replace("limit = 2", "limit = 40"))
-    for sign in ("linear seed 0 train, training", "kan seed 0 eval-bbh, questions"):
+    for sign in ("linear seed 0 train, training", "kan seed 0 chat eval-bbh, questions"):
         process = subprocess.Popen(
             command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
         )
@@ -216,20 +222,20 @@ def test_a_stopped_suite_goes_on_where_it_was(home: Path) -> None:
     assert any(name.endswith(".jsonl") for name in unfinished)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert "baseline seed 0 eval-bbh" not in done.stderr  # was done before
+    assert "baseline seed 0 chat eval-bbh" not in done.stderr  # was done before
     assert len(records(home)) == 11
     assert not (home / "runs" / "unfinished").exists()
     assert not list(home.rglob("*.partial"))
 
 
 def test_one_failing_arm_does_not_stop_the_others(home: Path, kallm: Run) -> None:
-    suite = SUITE + '[[arm]]\nname = "broken"\ntrain.tokens = 99999\ntrain.row_length = 9999\ntrain.rows_per_step = 1\n'
+    suite = SUITE + '[[arm]]\nname = "broken"\ntrain.tokens = 99999\ntrain.row_length = 500\ntrain.rows_per_step = 1\n'
     (home / "small.toml").write_text(suite)
     code, out, err = kallm("run", "small.toml", "--only", "broken,baseline")
     assert code == 1
-    assert "broken, seed 0: chat.jsonl: the heldout part has fewer than 9999 tokens" in err
+    assert "broken, seed 0: chat.jsonl: the heldout part has fewer than 500 tokens" in err
     assert "baseline" in out
-    assert "broken, 0, train: chat.jsonl: the heldout part has fewer than 9999 tokens" in out  # a row of its own
+    assert "broken, 0, train: chat.jsonl: the heldout part has fewer than 500 tokens" in out  # a row of its own
 
 
 @pytest.mark.parametrize(

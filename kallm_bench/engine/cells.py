@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ from kallm_bench.engine.questions import eval_bbh
 from kallm_bench.engine.retrofitting import retrofit
 from kallm_bench.engine.starting import SEEN
 from kallm_bench.engine.training import train_model
-from kallm_bench.errors import DataError
+from kallm_bench.errors import DataError, RemadeError
 from kallm_bench.filing import Bench, ModelRef, find_ref, ref_after
 from kallm_bench.models import (
     CalibrationSettings,
@@ -41,10 +42,16 @@ from kallm_bench.training import check_context, check_scope, find_texts, make_cu
 def run_cell(bench: Bench, cell: Cell, begin: Callable[[str], None] = lambda part: None) -> list[RunRecord]:
     """Runs what of a cell is not done yet: retrofit, training, questions, profile; returns the record of each.
 
-    The weights between retrofit and training may be gone once training is done; trained weights that are gone are
-    trained again.
+    Weights may be gone once what follows is done; where a stage needs some that are, they are made again.
     """
     bench = bench_of(bench, cell)
+    try:
+        return _stages_of(bench, cell, begin)
+    except RemadeError:  # as it may be on a GPU; what follows is asked of the new ones
+        return _stages_of(bench, cell, begin)
+
+
+def _stages_of(bench: Bench, cell: Cell, begin: Callable[[str], None]) -> list[RunRecord]:
     records, ref, _ = _learned(bench, cell, begin)
     if {"eval-bbh", "profile"} & set(cell.stages):
         bench.shared.forget(SEEN)
@@ -83,8 +90,9 @@ def _learned(
     if "train" in cell.stages:
         bench.shared.forget(SEEN)
         begin(part_of(cell, "train"))
-        records.append(train_model(bench, ref, cell.train, lessons=_lessons_of(cell, start, untouched)))
-        ref = ref_after(records[-1], ref)
+        train = functools.partial(train_model, bench, ref, cell.train, lessons=_lessons_of(cell, start, untouched))
+        records.append(train(weights_needed=False))
+        ref = ref_after(records[-1], ref, remake=train)
     return records, ref, untouched
 
 
@@ -101,7 +109,7 @@ def _cut_ref(bench: Bench, ref: ModelRef, settings: CutSettings) -> ModelRef:
     bench = dataclasses.replace(bench, arm="", seed=0)
     record = cut_model(bench, ref, settings, weights_needed=False)
     made = ref_after(record, ref, remake=lambda: cut_model(bench, ref, settings))
-    return dataclasses.replace(made, base={})  # replaced modules come back from here, not from the whole model
+    return dataclasses.replace(made, base={}, before=None)  # replaced modules come back from here, not the whole model
 
 
 def spec_of(cell: Cell, ref: ModelRef, config: PreTrainedConfig | None = None) -> KANSpec | None:

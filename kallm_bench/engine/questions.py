@@ -28,7 +28,7 @@ def eval_bbh(bench: Bench, ref: ModelRef, settings: EvalSettings) -> RunRecord:
     """
     processes = bench.processes
     with processes.in_turn():
-        tokenizer = tokenizer_of(ref.open(), bench.shared)
+        tokenizer = tokenizer_of(ref.tokenizer_source(), bench.shared)
         exam = prepare(settings, tokenizer)
     stage = stage_of(bench, ref, settings, exam, tokenizer)
     if processes.tell(stage.key) != stage.key:

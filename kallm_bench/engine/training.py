@@ -60,6 +60,7 @@ def train_model(
     lessons: Lessons = NO_LESSONS,
     replace: bool = False,
     resume: bool = True,
+    weights_needed: bool = True,
 ) -> RunRecord:
     """Trains a checkpoint, from where it was stopped, and saves it; zero tokens only measure the held-out loss.
 
@@ -67,12 +68,13 @@ def train_model(
 
     Args:
         resume: whether what a stopped run has saved is taken up; else it is removed.
+        weights_needed: whether a record without its weights will not do.
     """
     processes = bench.processes
     with processes.in_turn():
         data, heldout = data_of(settings)
     bench.watch("loading the model", 0, 1)
-    tokenizer = tokenizer_of(ref.open(), bench.shared)
+    tokenizer = tokenizer_of(ref.tokenizer_source(), bench.shared)
     described = settings.described() | bench.place | {"tokenizer": fingerprint_of(tokenizer, bench.shared)}
     described |= {"data": data.fingerprint, "heldout": heldout and heldout.fingerprint}
     lessons = (lessons if settings.steps else NO_LESSONS).of(ref)
@@ -90,7 +92,7 @@ def train_model(
         stage.folder = out or bench.runs / f"{ref.label}-trained-{stage.key[:8]}"
     if processes.tell(stage.key) != stage.key:
         raise TrainingError("the processes of this run were given different settings, models or data")
-    with stage.claimed() if processes.first else nullcontext() as done:
+    with stage.claimed(weights_needed) if processes.first else nullcontext() as done:
         if not processes.tell(done is not None):
             done = _train(bench, ref, stage, settings, lessons, tokenizer, data, replace, resume)
         if processes.first:
