@@ -65,6 +65,7 @@ class Bench:
     processes: Processes = ALONE
     sharded: bool = False
     prefix_cache: bool = False
+    keep_weights: bool = True
     trackers: tuple[str, ...] = ()
     watch: Watch = nobody
     shared: Shared = field(default_factory=Shared, compare=False)

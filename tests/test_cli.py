@@ -148,6 +148,25 @@ def test_a_suite_from_its_first_run_to_its_report(home: Path, kallm: Run) -> Non
     ]
 
 
+def test_without_keeping_weights_none_are_left_and_nothing_is_done_twice(home: Path, kallm: Run) -> None:
+    later = '[[arm]]\nname = "later"\nafter = "kan"\nbasis = "legendre"\nblocks = "2-3"\n'
+    longer = '[[arm]]\nname = "longer"\nbasis = "cheby2"\nblocks = "2-3"\ntrain.tokens = 512\n'
+    (home / "small.toml").write_text(SUITE + longer + later)
+    assert kallm("retrofit", "base", "--basis", "cheby2", "--blocks", "2-3")[0] == 0  # the very one of arm kan
+    (mine,) = records(home)
+    code, _, err = kallm("run", "small.toml", "--no-keep-weights")
+    assert code == 0, err
+    first = {record.id: record for record in records(home)}
+    retrofits = [record.reused for record in first.values() if record.stage == "retrofit" and record.suite == "small"]
+    assert sorted(retrofits) == ["", "", mine.id, mine.id], "arms that start alike share a retrofit"
+    assert len([record for record in first.values() if record.stage == "train"]) == 5
+    left = {path.parent for path in (home / "runs").rglob("*.safetensors")}
+    begun_after = weights(home, "train", "kan").parent
+    assert left == {(home / mine.artifacts[0].path).parent, begun_after}, "what the user made stays"
+    assert kallm("run", "small.toml", "--no-keep-weights")[0] == 0
+    assert {record.id for record in records(home)} == set(first)
+
+
 def test_work_done_for_another_cell_is_filed_again_and_not_done_again(home: Path, kallm: Run) -> None:
     assert kallm("run", "small.toml", "--seeds", "0,1")[0] == 0
     first = records(home)

@@ -24,6 +24,7 @@ def make_bench(
     processes: Processes | None = None,
     sharded: bool = False,
     prefix_cache: bool = False,
+    keep_weights: bool = True,
     trackers: tuple[str, ...] = (),
     dry: bool = False,
 ) -> Bench:
@@ -55,6 +56,7 @@ def make_bench(
         processes=processes,
         sharded=sharded,
         prefix_cache=prefix_cache,
+        keep_weights=keep_weights,
         trackers=trackers,
         watch=display,
     )

@@ -44,6 +44,12 @@ def run(
     dtype: Dtype = "auto",
     batch_size: BatchSize = None,
     prefix_cache: PrefixCache = False,
+    keep_weights: Annotated[
+        bool,
+        typer.Option(
+            help="Leave checkpoints in runs/; without it they go once used, but for those that other arms go on from."
+        ),
+    ] = True,
     results: Results = Path("results"),
     as_json: Json = False,
 ) -> None:
@@ -70,14 +76,15 @@ def run(
         bench = make_bench(
             results, console.Display(silent=True), device, dtype, batch_size, prefix_cache=prefix_cache, dry=True
         )
-        console.show_cells(engine.foresee_suite(bench, read), Room.of(bench.device, bench.runs), as_json)
+        room = Room.of(bench.device, bench.runs)
+        console.show_cells(engine.foresee_suite(bench, read), room, as_json, keep_weights)
         return
     other = {"--model": model, "--data": data, "--heldout": heldout}
     named = shlex.join([suite, *(word for option, value in other.items() if value for word in (option, value))])
     with console.Display() as display:
         bench = make_bench(
             results, display, device, dtype, batch_size, suite_file=named, prefix_cache=prefix_cache,
-            trackers=read_trackers(track),
+            keep_weights=keep_weights, trackers=read_trackers(track),
         )  # fmt: skip
         display.expect(engine.plan_of(bench, read))
         records, failures = engine.run_suite(bench, read, begin=display.begin)

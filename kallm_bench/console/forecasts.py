@@ -82,7 +82,7 @@ STAGES = {"retrofit": "retrofit", "train": "training", "eval-bbh": "questions", 
 """Stages, and what stands above the time that each takes."""
 
 
-def show_cells(cells: Sequence[CellForecast], room: Room, as_json: bool) -> None:
+def show_cells(cells: Sequence[CellForecast], room: Room, as_json: bool, keep_weights: bool = True) -> None:
     """The cells of a suite with what each would take, all of it, and why the suite would be refused as things are."""
     if as_json:
         show_json([_as_json(cell) for cell in cells])
@@ -90,12 +90,12 @@ def show_cells(cells: Sequence[CellForecast], room: Room, as_json: bool) -> None
     columns = [_column(heading, cells) for heading in _CELL_COLUMNS]
     told = [column for column in columns if any(text != NOTHING for text in column[1:])]
     show_grid("Nothing was run: this is what it would take", list(zip(*told, strict=True)))
-    _show_sum(cells, room)
+    _show_sum(cells, room, keep_weights)
     for trouble, arm in {cell.trouble: cell.arm for cell in reversed(cells) if cell.trouble}.items():
         fail(f"as things are, it would be refused: arm '{arm}': {trouble}")
 
 
-def _show_sum(cells: Sequence[CellForecast], room: Room) -> None:
+def _show_sum(cells: Sequence[CellForecast], room: Room, keep_weights: bool) -> None:
     whole = sum(cell.seconds for cell in cells)
     if not whole:
         return
@@ -104,8 +104,9 @@ def _show_sum(cells: Sequence[CellForecast], room: Room) -> None:
     say(f"About {minutes(whole)} in all{f': {parts}' if parts else ''}.")
     if filed := sum(cell.filed for cell in cells):
         say(f"{filed} of {len(cells)} cells have their records here: what has not changed since is not done again.")
-    # every cell keeps what it retrofitted and what it trained; states go one after the other
-    kept = sum(4 * cell.parameters * len({"retrofit", "train"} & set(cell.efforts)) for cell in cells)
+    # every cell keeps what it retrofitted and what it trained, or the largest alone; states go one after the other
+    left = [4 * cell.parameters * len({"retrofit", "train"} & set(cell.efforts)) for cell in cells]
+    kept = sum(left) if keep_weights else max(left, default=0)
     states = (cell.budget.disk_bytes - cell.budget.checkpoint_bytes for cell in cells if cell.budget)
     for line in _too_much([cell.peak_bytes or 0 for cell in cells], kept + max(states, default=0), room):
         tell(line)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
@@ -63,6 +65,26 @@ def _stages_of(bench: Bench, cell: Cell, begin: Callable[[str], None]) -> list[R
         begin(part_of(cell, "profile"))
         records.append(profile(bench, ref, cell.profile))
     return records
+
+
+def remove_weights(bench: Bench, cell: Cell, records: Sequence[RunRecord], coming: Sequence[Cell]) -> bool:
+    """Removes the checkpoints that a cell has left, unless a coming one starts from them; returns whether it did.
+
+    What was made outside its suite stays.
+    """
+    if any(_retrofitted_from(other) == _retrofitted_from(cell) for other in coming):
+        return False
+    ours = {record.id for record in bench.store.records(bench.suite, bench.testbed)}
+    for record in records:
+        for folder in {Path(artifact.path).parent for artifact in record.artifacts}:
+            if folder.parent == bench.runs and (record.reused or record.id) in ours:
+                shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def _retrofitted_from(cell: Cell) -> tuple[object, ...]:
+    """What decides the checkpoint that its retrofit leaves."""
+    return cell.model, cell.cut, cell.spec, cell.match, cell.seed, cell.after, _calibration_of(cell)
 
 
 def bench_of(bench: Bench, cell: Cell) -> Bench:

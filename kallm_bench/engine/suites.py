@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from kallm_bench.engine.cells import check_cell, run_cell
+from kallm_bench.engine.cells import check_cell, remove_weights, run_cell
 from kallm_bench.engine.costs import profile_kernels
 from kallm_bench.engine.failures import Place, Ran, apart, failed_before
 from kallm_bench.errors import KallmError
@@ -32,11 +32,17 @@ def run_suite(bench: Bench, suite: Suite, begin: Callable[[str], None] = lambda 
         except KallmError as error:
             raise type(error)(f"arm '{cell.arm}': {error}") from error
     ran = Ran([], {})
-    for cell in suite.cells:
+    begun_after = {(cell.after.arm, cell.after.seed) for cell in suite.cells if cell.after}
+    left: list[tuple[Cell, list[RunRecord]]] = []
+    for number, cell in enumerate(suite.cells, 1):
         with apart(bench, ran, Place(cell.arm, cell.seed), failed, begin) as begun:
             records = run_cell(bench, cell, begun)
             ran.records.extend(records)
             bench.watch(_ended(cell, records), 0, 0)
+            if (cell.arm, cell.seed) not in begun_after:
+                left.append((cell, records))
+        if not bench.keep_weights:
+            left = [each for each in left if not remove_weights(bench, *each, suite.cells[number:])]
     for problem in suite.kernels:
         with apart(bench, ran, Place(problem.arm), failed, begin) as begun:
             begun(problem.arm)
