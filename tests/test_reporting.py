@@ -338,3 +338,9 @@ def test_a_single_run_shows_the_range_of_its_samples(bench: Bench) -> None:
     assert (figure.interval, figure.over) == ((900.0, 1060.0), "samples")
     assert "| 1,000 ± 8 % |" in to_markdown([table])
     assert any(note.startswith("±: half the 95 % interval of the median of one run's samples") for note in table.notes)
+
+
+def test_a_model_that_was_cut_for_all_arms_is_no_row(bench: Bench) -> None:
+    bench.record("cut", "bundled-cut", 0, {"blocks": 3, "weights": "whole"}, [], model={"fingerprint": "base"})
+    bench.arm("kan", 0, {"basis": "cheby2"}, 3.5, 5)
+    assert [row.name for row in only_table(bench).rows if row.seeds] == ["kan"]

@@ -147,6 +147,8 @@ def variants(name: str, records: Sequence[RunRecord], known: Mapping[str, RunRec
         for answers in [[each] for each in asked] or [[]]:
             line = [*base, *answers, *profiled]
             of_seed = [*_retrofits(line or list(newest.values()), known), *line]
+            if not of_seed:  # a model that others were made from
+                continue
             alike = [record for record in of_seed if record.stage != "profile"]
             found[_signature(alike) + _base(of_seed, known)][_signature(profiled)].append(of_seed)
     several = [seeds for profiled in found.values() for seeds in _with_unprofiled(profiled)]
