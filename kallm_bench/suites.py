@@ -17,6 +17,7 @@ from kallm_bench.bbh.evaluate import EvalSettings
 from kallm_bench.errors import KallmError, SuiteError, unknown
 from kallm_bench.models import CalibrationSettings, CutSettings, KANSpec
 from kallm_bench.profiling import DTYPES, KernelProblem, KernelSettings, ProfileSettings, problems_by_hand
+from kallm_bench.suite_files import find_suite
 from kallm_bench.training import CurriculumSettings, DistillationSettings, TrainSettings
 
 SECTIONS: dict[str, type] = {
@@ -86,16 +87,6 @@ class Suite:
     cells: tuple[Cell, ...]
     arms: tuple[str, ...]
     kernels: tuple[KernelProblem, ...] = ()
-
-
-def find_suite(name: str) -> Path:
-    """The file of a suite: a path, or the name of one that ships with kallm. SuiteError where there is none."""
-    if Path(name).is_file():
-        return Path(name)
-    shipped = {path.stem: path for folder in _folders() for path in sorted(folder.glob("*.toml"))}
-    if name in shipped:
-        return shipped[name]
-    raise SuiteError(f"no suite file '{name}'" if name.endswith(".toml") else unknown("suite", name, shipped))
 
 
 def read_suite(
@@ -377,9 +368,3 @@ def _refuse_unknown(table: dict[str, Any], known: set[str], where: str) -> None:
     for key in table:
         if key not in known:
             raise SuiteError(f"{where}: {unknown('key', key, known)}")
-
-
-def _folders() -> list[Path]:
-    """Where shipped suites lie: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).parent
-    return [package / "_suites", package.parent / "suites"]

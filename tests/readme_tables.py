@@ -15,6 +15,7 @@ from kallm_bench.records import ResultsStore
 from kallm_bench.reporting import Table, build_tables, to_csv, to_markdown
 from kallm_bench.reporting.plots import Drawing, drawings_of, rendered
 from kallm_bench.reporting.text import markdown_table
+from kallm_bench.suite_files import arm_order
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -30,7 +31,7 @@ PICTURE = re.compile(r"!\[[^\]]*\]\(results/(?P<testbed>[^/)]+)/(?P<suite>[^/)]+
 
 @cache
 def tables_of(suite: str, testbed: str) -> list[Table]:
-    return build_tables(ResultsStore(RESULTS), suite, testbed)
+    return build_tables(ResultsStore(RESULTS), suite, testbed, order=arm_order)
 
 
 def with_tables(text: str) -> str:

@@ -19,6 +19,7 @@ ORDER = [
     "progress",
     "sharing",
     "interrupts",
+    "suite_files",
     "kan.bases",
     "kan.kernels",
     "kan.reference",

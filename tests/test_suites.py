@@ -22,7 +22,8 @@ from kallm_bench.filing import Bench, Stage, find_ref
 from kallm_bench.models import KANSpec, complete_spec, load_model, parameters_of, retrofit, save_checkpoint
 from kallm_bench.records import ResultsStore
 from kallm_bench.reporting import Row, build_tables
-from kallm_bench.suites import DEVICES, find_suite, read_suite
+from kallm_bench.suite_files import find_suite
+from kallm_bench.suites import DEVICES, read_suite
 from kallm_bench.training import CurriculumSettings, DistillationSettings, parameters_in
 
 SHIPPED = sorted((Path(__file__).parent.parent / "suites").glob("*.toml"))

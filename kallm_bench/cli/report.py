@@ -65,9 +65,10 @@ def _report(
     from kallm_bench.records import ResultsStore
     from kallm_bench.reporting import Memory, build_tables
     from kallm_bench.reporting.check import check as ask
+    from kallm_bench.suite_files import arm_order
 
     store, memory = ResultsStore(results), Memory(cache_folder())
-    tables = build_tables(store, suite, testbed, reference=reference, memory=memory)
+    tables = build_tables(store, suite, testbed, reference=reference, memory=memory, order=arm_order)
     memory.keep()
     tell_damaged(store)
     if not tables:

@@ -62,7 +62,8 @@ def run(
     from kallm_bench import engine
     from kallm_bench.budget import Room
     from kallm_bench.profiling import find_device
-    from kallm_bench.suites import find_suite, read_suite
+    from kallm_bench.suite_files import find_suite
+    from kallm_bench.suites import read_suite
 
     arms = read_names(only, "--only") if only else []
     named_stages = read_names(stages, "--stages") if stages else []

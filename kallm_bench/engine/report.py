@@ -31,7 +31,7 @@ def write_report(store: ResultsStore, suite: Suite, testbed: str, records: Seque
     def stands(filed: RunRecord | Ending) -> bool:
         return filed.id in ids if (filed.arm, filed.seed) in ran else filed.arm in suite.arms
 
-    tables = build_tables(store, suite.name, testbed, stands)
+    tables = build_tables(store, suite.name, testbed, stands, order=lambda named: suite.arms)
     folder = store.folder / testbed / suite.name
     write_file(folder / "report.md", to_markdown(tables).encode())
     write_file(folder / "report.csv", to_csv(tables).encode())

@@ -64,7 +64,7 @@ class Arm:
     def undisturbed(self) -> list[RunRecord]:
         """The newest training of each seed that had the machine to itself."""
         runs = sorted((*self.stages.get("train", []), *self.again), key=lambda record: (record.started, record.id))
-        return list({record.seed: record for record in runs if _alone(record)}.values())
+        return list({record.seed: record for record in runs if alone(record)}.values())
 
     def telling(self, stage: str, metric: str = SPEED) -> list[RunRecord]:
         """The records that tell a figure: what training costs, those of undisturbed runs where there are any."""
@@ -87,7 +87,8 @@ class Arm:
         return len({record.seed for stage, records in self.stages.items() if stage != "retrofit" for record in records})
 
 
-def _alone(record: RunRecord) -> bool:
+def alone(record: RunRecord) -> bool:
+    """Whether a training had the machine to itself, as far as its record tells."""
     speed = next((metric for metric in record.metrics if metric.name == SPEED and metric.value is not None), None)
     return speed is not None and OTHERS not in speed.note
 

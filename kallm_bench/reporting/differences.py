@@ -6,6 +6,7 @@ trained alike; where there is none, the largest linear restart that was trained 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from kallm_bench.records import RunRecord
 from kallm_bench.records.comparison import MARGIN, POWER, Comparison
 from kallm_bench.records.statistics import difference_interval
 from kallm_bench.reporting.answers import LIKELIHOOD, AnswerBook
-from kallm_bench.reporting.arms import SPEED, Arm
+from kallm_bench.reporting.arms import SPEED, Arm, alone
 from kallm_bench.reporting.controls import Controls, is_kan, is_linear, matched, started_alike
 from kallm_bench.reporting.curves import has_curve, measured, tokens_to_loss
 from kallm_bench.reporting.prefixes import UNKNOWN, alike, timed, way_of
@@ -182,7 +183,9 @@ def _ratio(book: AnswerBook, arm: Arm, other: Arm, stage: str, metric: str) -> F
 def _runs(arm: Arm, other: Arm, stage: str, metric: str) -> tuple[Sequence[RunRecord], Sequence[RunRecord]]:
     """The records of a stage; of a training run's speed those that can be set beside each other."""
     mine, theirs = arm.telling(stage, metric), other.telling(stage, metric)
-    return alike(timed(mine), timed(theirs)) if (stage, metric) == ("train", SPEED) else (mine, theirs)
+    if (stage, metric) != ("train", SPEED):
+        return mine, theirs
+    return alike(timed(mine), timed(theirs)) if all(map(alone, timed((*mine, *theirs)))) else ((), ())
 
 
 def _same_heldout(arm: Arm, other: Arm) -> bool:
@@ -270,7 +273,7 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
 
 def _speed_notes(pairs: Sequence[tuple[Arm, Arm]]) -> Iterable[str]:
     """Of which arms no training speeds were compared, or not of all seeds, since what they did was not the same."""
-    apart, partly, unknown = [], [], []
+    apart, partly, unknown, shared = [], [], [], []
     for arm, other in pairs:
         all_runs = [timed(each.telling("train")) for each in (arm, other)]
         if not all(all_runs):
@@ -278,7 +281,9 @@ def _speed_notes(pairs: Sequence[tuple[Arm, Arm]]) -> Iterable[str]:
         left = alike(*all_runs)
         mine, theirs = (each.name if each.way else each.label for each in (arm, other))
         said = f"'{mine}' and '{theirs}'"
-        if not left[0]:
+        if not all(map(alone, itertools.chain(*all_runs))):
+            shared.append(said)
+        elif not left[0]:
             apart.append(said)
         elif way_of(left[0][0]) == UNKNOWN:
             unknown.append(said)
@@ -287,6 +292,11 @@ def _speed_notes(pairs: Sequence[tuple[Arm, Arm]]) -> Iterable[str]:
     why = "for one computed what frozen blocks give where the other read it, or did not note it"
     if apart:
         yield f"No ratio of training runs' speeds of {'; '.join(dict.fromkeys(apart))}, {why}."
+    if shared:
+        yield (
+            "No ratio of training runs' speeds where other processes computed on the machine meanwhile: "
+            f"{'; '.join(dict.fromkeys(shared))}."
+        )
     if partly:
         yield f"× training speed by some of the seeds, others being unlike: {'; '.join(dict.fromkeys(partly))}."
     if unknown:

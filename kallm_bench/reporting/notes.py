@@ -12,6 +12,7 @@ from kallm_bench.reporting.arms import Arm
 from kallm_bench.reporting.chance import EXPLAINED
 from kallm_bench.reporting.controls import missing_controls
 from kallm_bench.reporting.prefixes import prefix_notes
+from kallm_bench.reporting.rows import SHARED
 from kallm_bench.reporting.table import Figure
 
 
@@ -34,16 +35,18 @@ def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], figures: Seq
     yield from _variant_notes(arms)
     yield from _difference_notes(arms)
     yield from prefix_notes(arms)
+    if SHARED in marks:
+        yield f"{SHARED} Other processes computed on the machine meanwhile: such a speed is set beside no other."
     yield from _undisturbed_notes(arms)
     yield from _measurement_notes(arms)
     yield place(testbed, [record for arm in arms for records in arm.stages.values() for record in records])
     if suite != "manual":
-        yield f"Run it again: `kallm run {_file(arms) or suite}`; this table: `kallm report --suite {suite}`."
+        records = [record for arm in arms for each in arm.stages.values() for record in each]
+        yield f"Run it again: `kallm run {named_suite(records) or suite}`; this table: `kallm report --suite {suite}`."
 
 
-def _file(arms: Sequence[Arm]) -> str:
+def named_suite(records: Sequence[RunRecord]) -> str:
     """How the suite was named when the newest record was made; empty where that was not noted."""
-    records = [record for arm in arms for each in arm.stages.values() for record in each]
     newest = max(records, key=lambda record: (record.started, record.id))
     return str(newest.environment.get("suite_file") or "")
 

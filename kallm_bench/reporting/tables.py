@@ -19,7 +19,7 @@ from kallm_bench.reporting.differences import differences_table
 from kallm_bench.reporting.failures import failure_notes, failures_table, why_missing
 from kallm_bench.reporting.kernels import KERNEL_COLUMNS, WIDE, figures_of, kernel_notes, newest_problems, problem_of
 from kallm_bench.reporting.memory import Memory
-from kallm_bench.reporting.notes import notes
+from kallm_bench.reporting.notes import named_suite, notes
 from kallm_bench.reporting.overview import overview_table
 from kallm_bench.reporting.rows import STAGE_COLUMNS, arm_row, chance_rows
 from kallm_bench.reporting.starts import starts_table
@@ -34,6 +34,7 @@ def build_tables(
     stands: Callable[[RunRecord | Ending], bool] = lambda filed: True,
     reference: str | None = None,
     memory: Memory | None = None,
+    order: Callable[[str], Sequence[str]] = lambda suite: (),
 ) -> list[Table]:
     """The tables of each suite and testbed in the store, or of those named; of what `stands` lets pass.
 
@@ -41,6 +42,8 @@ def build_tables(
         stands: asked of each record, and of each failure that no later success has made void.
         reference: the arm that others are set beside; without it, each KAN is set beside its linear control.
         memory: what earlier reports computed; what this one does joins it, for its owner to keep.
+        order: the names of a suite's arms in the order of its file, given how the user named it; arms that it does not
+            name come after these, in that of their first records.
 
     Raises:
         RecordError: no table has an arm called `reference`.
@@ -56,7 +59,7 @@ def build_tables(
             if stands(failure):
                 failed[failure.testbed, failure.suite].append(failure)
         book = AnswerBook(store, memory or Memory())
-        tables = _tables(store, groups, failed, known, reference, book)
+        tables = _tables(store, groups, failed, known, reference, book, order)
     store.damaged.sort()
     if reference is not None and not any(table.kind == "differences" and table.rows for table in tables):
         names = {row.name for table in tables if table.kind == "arms" for row in table.rows if row.seeds}
@@ -75,13 +78,14 @@ def _tables(
     known: Mapping[str, RunRecord],
     reference: str | None,
     book: AnswerBook,
+    order: Callable[[str], Sequence[str]],
 ) -> list[Table]:
     """All tables of each (testbed, suite), those without rows too."""
     tables = []
     for where, name in sorted({*groups, *failed}):
         records, failures = groups.get((where, name), ()), failed.get((where, name), ())
         of_models = [record for record in records if record.stage != "kernels"]
-        arms = _arms(of_models, known)
+        arms = _arms(of_models, known, order)
         tables.append(_table(book, name, where, store.describe(where), arms, failures))
         tables.append(failures_table(name, where, failures))
         tables.append(differences_table(book, name, where, arms, reference))
@@ -92,10 +96,14 @@ def _tables(
     return tables
 
 
-def _arms(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> list[Arm]:
-    of_name: dict[str, list[RunRecord]] = defaultdict(list)
+def _arms(
+    records: Sequence[RunRecord], known: Mapping[str, RunRecord], order: Callable[[str], Sequence[str]]
+) -> list[Arm]:
+    there = {record.arm for record in records}
+    named = order(named_suite(records)) if len(there) > 1 else ()
+    of_name: dict[str, list[RunRecord]] = {name: [] for name in named if name in there}
     for record in records:
-        of_name[record.arm].append(record)
+        of_name.setdefault(record.arm, []).append(record)
     return [arm for name, of_arm in of_name.items() for arm in variants(name, of_arm, known)]
 
 
