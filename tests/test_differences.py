@@ -18,6 +18,8 @@ from kallm_bench.reporting import Row, Table, build_tables, to_markdown
 
 KAN, LINEAR = {"basis": "cheby2", "degree": 2}, {"basis": "linear"}
 
+SHAPE = {"degree": None, "hidden": None, "form": "stack", "constant": "bias", "blocks": [1], "seed": 0}
+
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
@@ -55,6 +57,44 @@ def test_a_control_must_be_trained_alike(bench: Bench, monkeypatch: pytest.Monke
     bench.arm("matched", 0, LINEAR, 2.0, right=8, replaced=1000)
     assert differences(bench) is None
     assert rows(bench, "matched")["kan"].words["against"] == "matched"  # unless one asks for it
+
+
+def test_a_control_has_the_same_curriculum_where_there_is_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its curriculum that counts which a linear arm can have too: no degree rises there."""
+
+    def add(name: str, spec: dict[str, Any], **curriculum: Any) -> None:
+        taught = TRAINING | ({"curriculum": curriculum} if curriculum else {})
+        monkeypatch.setattr(test_reporting, "TRAINING", taught)
+        bench.arm(name, 0, spec, 2.0, right=8, replaced=1000)
+
+    add("linear", LINEAR)
+    add("linear+stages", LINEAR, stages="backwards", anneal=None)
+    add("kan+stages", KAN, start_degree=None, stages="backwards", anneal=None)
+    add("kan+degree", KAN, start_degree=1, stages=None, anneal=None)
+    add("kan+anneal", KAN, start_degree=None, stages=None, anneal="linear")
+    assert rows(bench)["kan+stages"].words["against"] == "linear+stages"
+    assert rows(bench)["kan+degree"].words["against"] == "linear"
+    assert rows(bench)["kan+anneal"].words["against"].startswith("linear")  # none had that one
+
+
+def test_a_control_was_trained_for_as_long_before(bench: Bench) -> None:
+    """Arms that go on from others are set beside those that did so too."""
+
+    def add(name: str, spec: dict[str, Any], loss: float, after: str = "") -> str:
+        settings = {"spec": SHAPE | spec, "weights": f"{name}-before"}
+        bench.record("retrofit", name, 0, settings, [], parents=(after,) if after else ())
+        metrics = [Metric("heldout_loss", loss), Metric("trained_tokens", 8192)]
+        trained = TRAINING | PLACE | {"weights": f"{name}-made"}
+        bench.record("train", name, 0, trained, metrics, parents=(f"r{bench.count:04d}",))
+        return f"r{bench.count:04d}"
+
+    linear, kan = add("linear", LINEAR, 3.0), add("kan", KAN, 2.9)
+    add("linear-longer", LINEAR, 2.8, linear)
+    add("kan-longer", KAN, 2.6, kan)
+    found = rows(bench)
+    against = {name: row.words["against"] for name, row in found.items()}
+    assert against == {"kan": "linear", "kan-longer": "linear-longer"}
+    assert found["kan-longer"].figures["heldout_loss_difference"].value == pytest.approx(-0.2)
 
 
 def test_a_reference_is_set_beside_all_others(bench: Bench) -> None:

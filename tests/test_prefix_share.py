@@ -13,7 +13,7 @@ from test_training import CHAT, write_chat
 from kallm_bench.models import KANSpec, retrofit
 from kallm_bench.profiling import describe_run
 from kallm_bench.records import Metric
-from kallm_bench.reporting import Row, build_tables
+from kallm_bench.reporting import Figure, Row, build_tables
 from kallm_bench.training import TrainSettings, prepare, train
 from kallm_bench.training.processes import ALONE
 
@@ -50,12 +50,12 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.bench = Bench(folder)
 
-    def run(self, arm: str, seed: int, speed: float, *share: float | None) -> None:
+    def run(self, arm: str, seed: int, speed: float, *share: float | None, note: str = "") -> None:
         spec = {"basis": "linear" if arm == "linear" else "cheby2", "degree": 2, "hidden": None, "form": "stack"}
         spec |= {"constant": "bias", "blocks": [1], "seed": seed}
         made = f"{arm}{seed}"
         self.bench.record("retrofit", arm, seed, {"spec": spec, "weights": "base"}, [], model={"fingerprint": made})
-        metrics = [Metric("train_tokens_per_second", speed), Metric("trained_tokens", 8192)]
+        metrics = [Metric("train_tokens_per_second", speed, note=note), Metric("trained_tokens", 8192)]
         metrics += [Metric("prefix_cache_share", each) for each in share]
         settings = TRAINING | {"seed": seed, "weights": made, **PLACE}
         parents = (f"r{self.bench.count:04d}",)
@@ -100,6 +100,29 @@ def test_the_seed_that_fills_the_cache_is_left_out_of_the_ratio(runs: Runs) -> N
     assert row.figures["train_to_reference"].value == pytest.approx(1.1)
     assert "× training speed by some of the seeds, others being unlike: 'kan' and 'linear'." in notes
     assert "computed and kept on disk in linear (seed 0); read from the disk in kan, linear (seed 1, 2)." in arms
+
+
+def test_speeds_of_a_shared_machine_are_marked_and_make_no_ratio(runs: Runs) -> None:
+    """Where one of two arms had the machine to itself, too; once both had, all is as ever."""
+
+    def speed_of(arm: str) -> Figure:
+        (table,) = [table for table in build_tables(runs.bench.store) if table.kind == "arms"]
+        return next(row for row in table.rows if row.name == arm).figures["train_tokens_per_second"]
+
+    runs.run("linear", 0, 200.0, 1.0, note="6 other processes compute on the GPU; spread 5%")
+    runs.run("kan", 0, 660.0, 1.0)
+    for arm in ("linear", "kan"):
+        runs.bench.record("profile", arm, 0, PLACE | {"weights": f"t{arm}0"}, [Metric("parameters", 10)])
+    assert (speed_of("linear").mark, speed_of("kan").mark) == ("§", "")
+    row, arms, notes = runs.told()
+    assert "train_to_reference" not in row.figures
+    assert "where other processes computed on the machine meanwhile: 'kan' and 'linear'." in notes
+    assert "§ Other processes" in arms
+    runs.run("linear", 0, 600.0, 1.0)
+    row, arms, notes = runs.told()
+    assert row.figures["train_to_reference"].value == pytest.approx(1.1)
+    assert "§" not in arms
+    assert "other processes" not in notes
 
 
 def test_where_no_run_had_a_cache_nothing_is_said_of_it(runs: Runs) -> None:

@@ -5,27 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from readme_tables import BLOCK, README, pictures, reports, with_tables
+from readme_tables import BLOCK, PAGES, pictures, reports, with_tables
 
 AGAIN = "run: python tests/readme_tables.py"
 
-TEXT = README.read_text(encoding="utf-8")
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+PICTURES = {path: drawing for text in TEXTS.values() for path, drawing in pictures(text).items()}
 
 
-def test_the_tables_are_those_of_the_records() -> None:
-    assert len(BLOCK.findall(TEXT)) == TEXT.count("<!-- kallm report:") >= 5
-    assert with_tables(TEXT) == TEXT, AGAIN
+@pytest.mark.parametrize("page", TEXTS)
+def test_the_tables_are_those_of_the_records(page: str) -> None:
+    text = TEXTS[page]
+    assert len(BLOCK.findall(text)) == text.count("<!-- kallm report:") >= 5
+    assert with_tables(text) == text, AGAIN
 
 
-def test_every_table_of_results_is_from_a_report() -> None:
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_table_of_results_is_from_a_report(page: str) -> None:
     """One with an interval in it that stands outside of all blocks would be typed by hand."""
-    outside = BLOCK.sub("", TEXT)
+    outside = BLOCK.sub("", TEXTS[page])
     assert not [line for line in outside.splitlines() if line.startswith("| ") and ("±" in line or " % [" in line)]
 
 
-@pytest.mark.parametrize("path", pictures(TEXT), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
 def test_the_pictures_are_of_the_records(path: Path) -> None:
-    drawing = pictures(TEXT)[path]
+    drawing = PICTURES[path]
     assert drawing is not None
     assert f"data {drawing.fingerprint}" in path.read_text(encoding="utf-8"), AGAIN
 

@@ -121,6 +121,15 @@ def only_table(bench: Bench) -> Table:
     return table
 
 
+def test_arms_stand_in_their_suites_order(bench: Bench) -> None:
+    """Whatever order they ran in; those that its file does not name come last, and names without records nowhere."""
+    for name in ("gone", "kan", "linear"):
+        bench.arm(name, 0, {"basis": "linear"}, 2.0, right=8)
+    tables = build_tables(bench.store, order=lambda named: ["untouched", "linear", "kan"])
+    (arms,) = [table for table in tables if table.kind == "arms"]
+    assert [row.name for row in arms.rows if row.seeds] == ["linear", "kan", "gone"]
+
+
 def test_training_steps_are_compared_way_by_way(bench: Bench) -> None:
     settings = {"batch": 32, "length": 1024, "repeats": 5, "scope": "tail", **PLACE}
     speeds = [("", 800.0), ("/plain", 200.0), ("/kept", 1800.0)]

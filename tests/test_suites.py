@@ -22,7 +22,7 @@ from kallm_bench.filing import Bench, Stage, find_ref
 from kallm_bench.models import KANSpec, complete_spec, load_model, parameters_of, retrofit, save_checkpoint
 from kallm_bench.records import ResultsStore
 from kallm_bench.reporting import Row, build_tables
-from kallm_bench.suite_files import find_suite
+from kallm_bench.suite_files import arm_order, find_suite
 from kallm_bench.suites import DEVICES, read_suite
 from kallm_bench.training import CurriculumSettings, DistillationSettings, parameters_in
 
@@ -37,6 +37,7 @@ def test_every_shipped_suite_reads(path: Path, device: str) -> None:
     assert suite.description
     assert find_suite(path.stem) == path
     assert len({(cell.arm, cell.seed) for cell in suite.cells}) == len(suite.cells)
+    assert arm_order(path.stem) == list(dict.fromkeys(cell.arm for cell in suite.cells))
     assert suite.cells or suite.kernels
     assert f"`{suite.name}`" in (path.parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -525,6 +526,14 @@ def test_paths_of_a_suite_start_at_its_file(tmp_path: Path) -> None:
     path = tmp_path / "suites" / "mine.toml"
     path.write_text('[train]\ndata = "../chat.jsonl"\n[[arm]]\nname = "a"\n')
     assert read_suite(path).cells[0].train.data == str(tmp_path / "chat.jsonl")
+
+
+@pytest.mark.parametrize("text", ["arm = 3", "arm = [3]", "[[arm]]\nbasis = 'linear'", "[[arm", "\xff"])
+def test_of_a_file_that_is_no_suite_no_order_is_known(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "try.toml"
+    assert arm_order(str(path)) == []
+    path.write_text(text, encoding="latin-1")
+    assert arm_order(str(path)) == []
 
 
 def test_a_suite_that_is_not_there_gets_the_nearest_name() -> None:

@@ -26,6 +26,7 @@ class Arm:
     Args:
         again: trainings of the same, done anew when what they had left was gone.
         base: fingerprint of the weights that all of it began from.
+        tokens_before: that its weights had been trained for when its own training began.
         number: 1, 2, … where several arms go by this name, else 0.
         way: how its questions were asked, where that alone tells it from the others of its name.
     """
@@ -34,6 +35,7 @@ class Arm:
     stages: dict[str, list[RunRecord]]
     again: tuple[RunRecord, ...] = ()
     base: str = ""
+    tokens_before: float = 0.0
     number: int = 0
     way: str = ""
 
@@ -240,12 +242,22 @@ def _base(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> str:
     return str(record.settings.get("weights", ""))
 
 
+def _tokens_before(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> float:
+    """The tokens of all trainings that led to this one, found by following its parents."""
+    trained = next((record for record in records if record.stage == "train"), None)
+    found = 0.0
+    while trained and trained.parents and (trained := known.get(trained.parents[-1])):
+        found += (trained.value("trained_tokens") or 0.0) if trained.stage == "train" else 0.0
+    return found
+
+
 def _arm(name: str, seeds: list[list[RunRecord]], again: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> Arm:
     stages: dict[str, list[RunRecord]] = defaultdict(list)
     for record in itertools.chain.from_iterable(seeds):
         stages[record.stage].append(record)
     keys = {record.key for record in stages["train"]}
-    return Arm(name, dict(stages), tuple(record for record in again if record.key in keys), _base(seeds[0], known))
+    again = tuple(record for record in again if record.key in keys)
+    return Arm(name, dict(stages), again, _base(seeds[0], known), _tokens_before(seeds[0], known))
 
 
 def _signature(records: Sequence[RunRecord]) -> str:

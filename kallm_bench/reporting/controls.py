@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,7 @@ class Controls:
     """The linear arms of a table, found by what they have in common with a KAN; each list by size."""
 
     def __init__(self, arms: Sequence[Arm]) -> None:
-        self._alike: dict[tuple[str, str, str], list[Arm]] = defaultdict(list)
+        self._alike: dict[tuple[str, ...], list[Arm]] = defaultdict(list)
         self._loras = [arm for arm in arms if is_lora(arm)]
         for arm in sorted((arm for arm in arms if is_linear(arm)), key=_size):
             for key in _keys(arm):
@@ -27,8 +28,8 @@ class Controls:
     def of(self, arm: Arm) -> Arm | None:
         """What a KAN is set beside: a linear control trained alike, with as many parameters if there is one.
 
-        One that was asked the same questions and started alike comes first; of those without as many parameters the
-        largest. An adapter is set beside LoRA, and only of as many parameters.
+        One that was asked the same questions, started alike and had the same curriculum comes first; of those without
+        as many parameters the largest. An adapter is set beside LoRA, and only of as many parameters.
         """
         if is_adapter(arm):
             return next((other for other in self._loras if _replaces(arm, other)), None)
@@ -40,11 +41,11 @@ class Controls:
         return min(near, key=lambda other: abs(_size(other) - _size(arm)), default=alike[-1] if alike else None)
 
 
-def _keys(arm: Arm) -> list[tuple[str, str, str]]:
+def _keys(arm: Arm) -> list[tuple[str, ...]]:
     """How it was trained; with what else it may have in common with another, the most first."""
     asked = json.dumps(arm.settings.get("eval-bbh"), sort_keys=True)
-    training, start = _training(arm), _start(arm)
-    return [(training, start, asked), (training, "", asked), (training, start, ""), (training, "", "")]
+    shared = itertools.product((asked, ""), (_start(arm), ""), (_curriculum(arm), ""))
+    return [(_training(arm), *each) for each in shared]
 
 
 def is_kan(arm: Arm) -> bool:
@@ -96,9 +97,16 @@ def _size(arm: Arm) -> float:
 
 
 def _training(arm: Arm) -> str:
-    """How an arm was trained, less what only a KAN's curriculum has."""
+    """How an arm was trained, and for how long before, less its curriculum."""
     settings = arm.settings.get("train", {})
-    return json.dumps({key: value for key, value in settings.items() if key != "curriculum"}, sort_keys=True)
+    plain = {key: value for key, value in settings.items() if key != "curriculum"}
+    return json.dumps([plain, arm.tokens_before], sort_keys=True)
+
+
+def _curriculum(arm: Arm) -> str:
+    """What of its curriculum a linear arm can have too."""
+    curriculum = arm.settings.get("train", {}).get("curriculum") or {}
+    return json.dumps({name: curriculum.get(name) for name in ("stages", "anneal")})
 
 
 def missing_controls(arms: Sequence[Arm]) -> Iterable[str]:
