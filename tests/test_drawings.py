@@ -12,7 +12,7 @@ import pytest
 from test_reporting import ASKED, Bench
 
 from kallm_bench.records import Metric
-from kallm_bench.reporting import Memory, Table, build_tables, to_json
+from kallm_bench.reporting import Figure, Memory, Table, build_tables, to_json
 from kallm_bench.reporting.answers import AnswerBook
 from kallm_bench.reporting.html import to_html
 from kallm_bench.reporting.json_text import SCHEMA_FILE
@@ -67,6 +67,20 @@ def test_points_are_in_the_units_of_their_axes(arms: Table) -> None:
     assert points["kan"].y == pytest.approx(87.5)
     assert points["kan"].y_ends is not None
     assert points["kan"].y_ends[0] < 87.5 < points["kan"].y_ends[1]
+
+
+def test_speeds_of_a_shared_machine_are_not_drawn(arms: Table) -> None:
+    def with_speeds(**marks: str) -> Table:
+        speeds = {name: {"train_tokens_per_second": Figure(600.0, mark=mark)} for name, mark in marks.items()}
+        rows = [dataclasses.replace(row, figures=row.figures | speeds.get(row.name, {})) for row in arms.rows]
+        return dataclasses.replace(arms, rows=tuple(rows))
+
+    panel = Panel("train_tokens_per_second", "heldout_loss")
+    alone, shared = with_speeds(linear="", kan=""), with_speeds(linear="", kan="§")
+    assert [point.arm for point in points_of(alone, panel)] == ["linear", "kan"]
+    assert panel in [each for row in panels_of(alone) for each in row]
+    assert [point.arm for point in points_of(shared, panel)] == ["linear"]
+    assert panel not in [each for row in panels_of(shared) for each in row]  # one arm is nothing to compare
 
 
 def test_two_ways_of_asking_share_no_axis(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ SPEED = "train_tokens_per_second"
 COSTS = (SPEED, "train_mfu", "peak_vram_allocated_bytes", "peak_vram_reserved_bytes", "peak_resident_bytes")
 """What a training run costs; others on the same machine have a part in it."""
 
+SHARED = "§"
+"""Marks the speed of training runs that other processes had a part of the machine from."""
+
 
 @dataclass(frozen=True)
 class Arm:

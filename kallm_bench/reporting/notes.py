@@ -8,11 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kallm_bench.records import RunRecord, kind_of
-from kallm_bench.reporting.arms import Arm
+from kallm_bench.reporting.arms import SHARED, Arm
 from kallm_bench.reporting.chance import EXPLAINED
 from kallm_bench.reporting.controls import missing_controls
 from kallm_bench.reporting.prefixes import prefix_notes
-from kallm_bench.reporting.rows import SHARED
 from kallm_bench.reporting.table import Figure
 
 

@@ -11,7 +11,7 @@ from kallm_bench.records import Metric, RunRecord
 from kallm_bench.records.comparison import holm
 from kallm_bench.records.statistics import mean_interval, median_interval
 from kallm_bench.reporting.answers import LIKELIEST, LIKELIHOOD, RIGHT, AnswerBook
-from kallm_bench.reporting.arms import SPEED, Arm, alone, asked_how, what_it_is
+from kallm_bench.reporting.arms import SHARED, SPEED, Arm, alone, asked_how, what_it_is
 from kallm_bench.reporting.chance import GUESSING, judged, mark_of
 from kallm_bench.reporting.curves import curves_of, measured
 from kallm_bench.reporting.table import Figure, Row, TaskScore
@@ -41,9 +41,6 @@ STAGE_COLUMNS: tuple[tuple[str, str, str], ...] = (
 What stands after a metric's slash tells two stages apart that measure the same."""
 
 SPEEDS = (SPEED, "train_mfu")
-
-SHARED = "§"
-"""Marks the speed of training runs that other processes had a part of the machine from."""
 
 ACCURACIES = {"eval-bbh": "accuracy", "train": "class_accuracy"}
 """Stages that ask questions, and the metric of their answers."""

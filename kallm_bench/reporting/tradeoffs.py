@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kallm_bench.records import kind_of
+from kallm_bench.reporting.arms import SHARED
 from kallm_bench.reporting.beside import short_names
 from kallm_bench.reporting.table import Figure, Row, Table
 
@@ -23,8 +24,8 @@ COSTS = (
     ("train_tokens_per_second/profile", "train_tokens_per_second"),
     ("decode_tokens_per_second",),
 )
-"""Across the page: of each, the first that two arms or more have. A profile's speed before a run's, which may have had
-company, or read what another had to compute."""
+"""Across the page: of each, the first that two arms or more have. A profile's speed before a run's, which may have read
+what another had to compute; that of a run in company is not drawn."""
 
 SCALES = {"fraction": (100, "%"), "parameters": (1e-6, "M"), "bytes": (2**-30, "GiB"), "tokens/s": (1e-3, "thousand/s")}
 """Unit -> by what a value is multiplied, and what it is then written in."""
@@ -61,7 +62,7 @@ def points_of(table: Table, panel: Panel) -> list[Point]:
     names = short_names(table)
     found: dict[tuple[str, float, float], Point] = {}
     for row in _having(table, panel.skill, panel.asked):
-        if x := row.figures.get(panel.cost):
+        if (x := row.figures.get(panel.cost)) and x.mark != SHARED:
             y = row.figures[panel.skill]
             ends = _ends(x, x_scale), _ends(y, y_scale)
             point = Point(names[row.label], x.value * x_scale, y.value * y_scale, *ends)
@@ -173,7 +174,8 @@ def _scale(metric: str) -> tuple[float, str]:
 
 def _having(table: Table, metric: str, asked: str = "") -> list[Row]:
     """The arms that have a figure, of those that were asked so."""
-    return [row for row in table.rows if row.seeds and metric in row.figures and asked in ("", row.asked)]
+    rows = [row for row in table.rows if row.seeds and asked in ("", row.asked)]
+    return [row for row in rows if (figure := row.figures.get(metric)) and figure.mark != SHARED]
 
 
 def _arms_having(table: Table, metric: str, asked: str = "") -> int:
