@@ -30,8 +30,8 @@ WARM_SECONDS = 0.5
 
 MOST_WARM_RUNS = 50
 
-SAMPLE_SECONDS = 0.1
-"""A run that is shorter is done several times for one sample, which is their mean."""
+SAMPLE_SECONDS = 0.3
+"""A run that is shorter is done several times for one sample, their median: a host held up once does not move it."""
 
 MOST_RUNS = 10
 """Runs in one sample, at most."""
@@ -175,7 +175,7 @@ class _Job:
         """Takes one more sample; then NVML is looked at, outside of what is timed."""
         seconds = [self._run() for _ in range(self.runs) if not self.reason]
         if not self.reason:
-            self.seconds.append(statistics.fmean(seconds))
+            self.seconds.append(statistics.median(seconds))
             if self.rig.gpu:
                 self.rig.gpu.look()
 
