@@ -84,8 +84,8 @@ def _tables(
     tables = []
     for where, name in sorted({*groups, *failed}):
         records, failures = groups.get((where, name), ()), failed.get((where, name), ())
-        of_models = [record for record in records if record.stage != "kernels"]
-        arms = _arms(of_models, known, order)
+        of_models = _in_order([record for record in records if record.stage != "kernels"], order)
+        arms = _arms(of_models, known)
         tables.append(_table(book, name, where, store.describe(where), arms, failures))
         tables.append(failures_table(name, where, failures))
         tables.append(differences_table(book, name, where, arms, reference))
@@ -96,14 +96,16 @@ def _tables(
     return tables
 
 
-def _arms(
-    records: Sequence[RunRecord], known: Mapping[str, RunRecord], order: Callable[[str], Sequence[str]]
-) -> list[Arm]:
-    there = {record.arm for record in records}
-    named = order(named_suite(records)) if len(there) > 1 else ()
-    of_name: dict[str, list[RunRecord]] = {name: [] for name in named if name in there}
+def _in_order(records: Sequence[RunRecord], order: Callable[[str], Sequence[str]]) -> list[RunRecord]:
+    """By their arms as `order` has them; of an arm, and of arms that it does not name, as they come."""
+    places = {name: place for place, name in enumerate(order(named_suite(records)) if records else ())}
+    return sorted(records, key=lambda record: places.get(record.arm, len(places)))
+
+
+def _arms(records: Sequence[RunRecord], known: Mapping[str, RunRecord]) -> list[Arm]:
+    of_name: dict[str, list[RunRecord]] = defaultdict(list)
     for record in records:
-        of_name.setdefault(record.arm, []).append(record)
+        of_name[record.arm].append(record)
     return [arm for name, of_arm in of_name.items() for arm in variants(name, of_arm, known)]
 
 

@@ -47,7 +47,8 @@ def step_figures(records: Sequence[RunRecord]) -> dict[tuple[str, str], dict[str
 
 def step_notes(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """What the table's numbers are of."""
-    settings = next(each.settings for each in reversed(records) if each.stage == "profile")
+    profiles = [each for each in records if each.stage == "profile"]
+    settings = max(profiles, key=lambda record: (record.started, record.id)).settings
     peak = "what the allocator holds, CUDA graphs' memory included"
     if settings["device"] == "cpu":
         peak = "the process's resident size, libraries included"
