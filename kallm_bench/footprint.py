@@ -40,10 +40,10 @@ COMPILED = Shares(0.8, 0.6)
 PLAIN = {torch.float32: Shares(1.4, 1.0), torch.bfloat16: Shares(2.2, 1.0), torch.float16: Shares(2.2, 1.0)}
 """Operation by operation; under autocast copies in both dtypes."""
 
-BETWEEN = {"cuda": 4, "cpu": 12}
+BETWEEN = {"cuda": 4, "cpu": 16}
 """Bytes of a logit on its way from product to slope, compiled and not."""
 
-HEARD_BETWEEN = {"cuda": 12, "cpu": 36}
+HEARD_BETWEEN = {"cuda": 12, "cpu": 32}
 """The same where a teacher's logit is beside it, which is another product; on a GPU by `curricula` on an H100."""
 
 RESERVED = {"recorded": 1.85, "compiled": 1.1, "plain": 1.3}

@@ -102,6 +102,19 @@ def test_a_slow_dtype_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(sizes) == {256}
 
 
+def test_waiting_for_other_programs_is_not_taken_for_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def busy(left: torch.Tensor, right: torch.Tensor) -> float:
+        asked.append(len(left))
+        return 0.048 if len(asked) % 8 else 2 * len(left) ** 3 / 1e11
+
+    monkeypatch.setattr("kallm_bench.budget._product_seconds", busy)
+    product_rate.cache_clear()
+    assert product_rate(torch.device("cpu"), torch.float32) == pytest.approx(1e11)
+    product_rate.cache_clear()
+
+
 # --- in a suite -------------------------------------------------------------------------------------------------------
 
 
