@@ -2,8 +2,8 @@
 
 Best is to try: a few steps of the very shapes, in memory, from which all steps follow, as they are alike. Where even
 loading models is too much, as for all cells of a suite, what earlier runs on this machine needed is scaled: time by the
-FLOP that a step cannot do without, memory by what weights, gradients and moments take and by the same FLOP. With no
-earlier run it is an estimate, and says so.
+FLOP that a step cannot do without, memory by what weights, gradients and moments take and by the same FLOP; both then
+by what a teacher and a curriculum add here, and added there. With no earlier run it is an estimate, and says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +27,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kallm_bench.footprint import ADAM_BYTES, estimated_peaks, process_bytes, static_bytes
 from kallm_bench.models import KANSpec, complete_spec, skeleton_of
 from kallm_bench.profiling import flops_per_token, give_back, peak_memory
-from kallm_bench.profiling.flops import training_flops
+from kallm_bench.profiling.flops import frozen_flops, training_flops
 from kallm_bench.progress import Watch
 from kallm_bench.records import RunRecord
-from kallm_bench.training import Forward, Rows, Teacher, TrainSettings, apply_scope, train
+from kallm_bench.teaching import Taught, costs_of
+from kallm_bench.training import CurriculumSettings, Forward, Rows, Teacher, TrainSettings, apply_scope, train
 from kallm_bench.training.entry import first_learning
 from kallm_bench.training.loop import SAVE_EVERY_SECONDS, SAVE_SHARE, TrainResult, check_rows
 from kallm_bench.training.prefix_cache import size_of
@@ -60,7 +61,10 @@ SIMILAR = 3.0
 """Models of more or fewer parameters by this factor say nothing of each other's time and memory."""
 
 LONG_PRODUCT_SECONDS = 0.02
-"""A product that takes so long tells as much as a larger one."""
+"""A product that takes so long tells as much as a larger one;"""
+
+PATIENCE_SECONDS = 1.0
+"""but it may have waited for other programs, and is tried again for as long."""
 
 ESTIMATE = "an estimate"
 """The source of what no record tells of."""
@@ -274,6 +278,7 @@ class Wanted:
 
     Args:
         fast, kept: whether blocks are compiled, and whether what frozen ones give is kept on disk.
+        taught: by what beside data.
     """
 
     suite: str
@@ -286,6 +291,7 @@ class Wanted:
     rows_at_once: int
     fast: bool = False
     kept: bool = False
+    taught: Taught = field(default_factory=Taught)
 
 
 def foresee(wanted: Wanted, records: Sequence[RunRecord]) -> Budget:
@@ -306,25 +312,38 @@ def foresee(wanted: Wanted, records: Sequence[RunRecord]) -> Budget:
     like = _nearest(wanted, parameters, records)
     bearing = (like and like.value("bearing_share")) or USUAL_BEARING
     flops = training_flops(model, bearing)
+    at_once, all_at_once = (
+        rows * settings.row_length for rows in (min(wanted.rows_at_once, settings.rows_per_step), wanted.rows_at_once)
+    )
+    done = flops - frozen_flops(model) * bool(like and wanted.kept and _kept(like))
+
+    def taken(taught: Taught) -> tuple[float, dict[str, float]]:
+        """How many times the FLOP of this run without lessons it takes with such ones, and its estimated peaks."""
+        costs = costs_of(model, config, taught, settings, bearing)
+        estimated = estimated_peaks(
+            model, at_once, bearing * all_at_once, wanted.device, wanted.dtype, wanted.fast, costs.memory
+        )
+        return (done + costs.flops) / done, estimated
+
+    more, peaks = taken(wanted.taught)
     if like:
-        rate, once, source = _rate(like), _once(like), f"by {like.arm} of {like.suite}"
-        peaks = _peaks(static_bytes(parameters, trainable), flops, like, wanted)
+        its_more, its_peaks = taken(Taught.of(like.settings))
+        rate, source = its_more * _rate(like), f"by {like.arm} of {like.suite}"
+        once = _once(like, rate)
+        told = _peaks(static_bytes(parameters, trainable), flops, like, wanted)
+        peaks = {name: value * peaks[name] / its_peaks[name] for name, value in told.items()}
     else:
         rate = USUAL_EFFICIENCY[wanted.device.type] * product_rate(wanted.device, wanted.dtype)
         once, source = USUAL_COMPILING_SECONDS * wanted.fast, ESTIMATE
-        at_once, all_at_once = (
-            rows * settings.row_length
-            for rows in (min(wanted.rows_at_once, settings.rows_per_step), wanted.rows_at_once)
-        )
-        peaks = estimated_peaks(model, at_once, bearing * all_at_once, wanted.device, wanted.dtype, wanted.fast)
     tokens = settings.rows_per_step * settings.row_length
     row = settings.row_length * flops_per_token(model) / rate
+    speed = _Speed(tokens * more * flops / rate, row, once)
     return Budget(
         settings.steps,
         settings.steps * tokens,
         parameters,
         trainable,
-        _seconds(settings, _Speed(tokens * flops / rate, row, once), settings.heldout_rows, ADAM_BYTES * trainable),
+        _seconds(settings, speed, settings.heldout_rows, ADAM_BYTES * trainable),
         peaks if settings.steps else {},
         source,
         rows_at_once=wanted.rows_at_once,
@@ -338,7 +357,10 @@ def of_similar_size(record: RunRecord, parameters: float) -> bool:
 
 
 def _nearest(wanted: Wanted, parameters: int, records: Sequence[RunRecord]) -> RunRecord | None:
-    """The training record that tells most of a run: of the same arm, of the same shapes and ways; then the newest."""
+    """The training record that tells most of a run: of the same arm, of the same shapes and ways; then the newest.
+
+    What changes as training goes tells nothing of what does not, nor of what changes otherwise.
+    """
     place = {"device": wanted.device.type, "dtype": str(wanted.dtype).removeprefix("torch.")}
     told = ("train_tokens_per_second", "train_flops_per_token")
     known = [
@@ -348,18 +370,25 @@ def _nearest(wanted: Wanted, parameters: int, records: Sequence[RunRecord]) -> R
         and place.items() <= record.settings.items()
         and all(record.value(name) for name in told)
         and of_similar_size(record, parameters)
+        and Taught.of(record.settings).curriculum in (CurriculumSettings(), wanted.taught.curriculum)
     ]
 
-    def likeness(record: RunRecord) -> tuple[bool, bool, bool, str]:
+    def likeness(record: RunRecord) -> tuple[bool, bool, bool, bool, str]:
         shapes = ("row_length", "rows_per_step", "scope")
         return (
             (record.suite, record.arm) == (wanted.suite, wanted.arm),
             all(record.settings[name] == getattr(wanted.settings, name) for name in shapes),
-            ((record.value("prefix_cache_share") or 0.0) > 0.5) == wanted.kept,
+            _kept(record) == wanted.kept,
+            Taught.of(record.settings) == wanted.taught,
             record.started,
         )
 
     return max(known, key=likeness, default=None)
+
+
+def _kept(record: RunRecord) -> bool:
+    """Whether a run has read what frozen blocks give, rather than computed it."""
+    return (record.value("prefix_cache_share") or 0.0) > 0.5
 
 
 def _rate(like: RunRecord) -> float:
@@ -367,12 +396,16 @@ def _rate(like: RunRecord) -> float:
     return (like.value("train_flops_per_token") or 0.0) * (like.value("train_tokens_per_second") or 0.0)
 
 
-def _once(like: RunRecord) -> float:
-    """Seconds that a run took beside its steps, its held-out losses and its saving: compiling, on a GPU."""
+def _once(like: RunRecord, rate: float) -> float:
+    """Seconds that a run took beside its steps, its held-out losses and its saving: compiling, on a GPU.
+
+    Args:
+        rate: FLOP a second that it did.
+    """
     names = {entry.name for entry in dataclasses.fields(TrainSettings)}
     settings = TrainSettings(**{name: value for name, value in like.settings.items() if name in names})
     tokens = settings.rows_per_step * settings.row_length
-    row = settings.row_length * 2 * like.model["parameters"] / _rate(like)
+    row = settings.row_length * 2 * like.model["parameters"] / rate
     speed = _Speed(tokens / (like.value("train_tokens_per_second") or math.inf), row)
     state = ADAM_BYTES * (like.model["trainable_parameters"] or 0)
     return max(0.0, (like.value("train_seconds") or 0.0) - _seconds(settings, speed, settings.heldout_rows, state))
@@ -398,7 +431,9 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     size, best = LARGE[device.type] // 8, 0.0
     while size <= LARGE[device.type]:
         left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-        seconds = [_product_seconds(left, right) for _ in range(4)]
+        seconds: list[float] = []
+        while len(seconds) < 4 or (min(seconds) > LONG_PRODUCT_SECONDS and sum(seconds) < PATIENCE_SECONDS):
+            seconds.append(_product_seconds(left, right))
         best = max(best, 2 * size**3 / min(seconds))
         if min(seconds) > LONG_PRODUCT_SECONDS:
             break

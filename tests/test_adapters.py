@@ -398,6 +398,7 @@ def test_an_arm_is_made_trained_and_told(
     assert what_it_is(arm) == (
         "cheby2 degree 2 adapter, rank 4, beside each linear layer in the attention and the feed-forward of blocks 2-3"
     )
+    assert what_it_is(lora) == "LoRA of rank 8, nothing replaced"
     folder = find_ref(str(tmp_path / "base"))
     record = engine.retrofit(bench, folder, BOTH, tmp_path / "alone")
     assert record.value("replaced_parameters") == made.value("replaced_parameters") / 2  # one block of the two

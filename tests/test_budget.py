@@ -17,6 +17,7 @@ from kallm_bench.models import KANSpec, retrofit
 from kallm_bench.progress import nobody
 from kallm_bench.records import Metric, ResultsStore, RunRecord
 from kallm_bench.suites import find_suite, read_suite
+from kallm_bench.teaching import Taught
 from kallm_bench.training import Forward, TrainSettings, apply_scope, prepare
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -42,7 +43,8 @@ def wanted(suite: str, arm: str, **others: Any) -> Wanted:
     (cell,) = read_suite(find_suite(suite), only=[arm], seeds=[0], device="cuda").cells
     ref = find_ref(cell.model)
     config = config_of(cell, ref)
-    given = {"settings": cell.train, "rows_at_once": 32, "fast": True} | others
+    taught = Taught(cell.curriculum, cell.distillation)
+    given = {"settings": cell.train, "rows_at_once": 32, "fast": True, "taught": taught} | others
     device = torch.device("cuda")
     return Wanted(suite, arm, config, spec_of(cell, ref, config), device=device, dtype=torch.bfloat16, **given)
 
@@ -81,21 +83,25 @@ def test_a_seed_tells_what_the_next_one_takes(arm: str, h100: list[RunRecord]) -
             assert value == pytest.approx(record.value(name), rel=0.2)
 
 
+def trained(model: Any, settings: dict[str, Any], arm: str = "a", **figures: float) -> RunRecord:
+    """A record of training a model on a CPU."""
+    figures = {"train_tokens_per_second": 64.0, "train_flops_per_token": 1e9, "train_seconds": 1.0} | figures
+    return RunRecord(
+        id="r", stage="train", suite="s", arm=arm, seed=0, testbed="t", started="", seconds=1.0, parents=(),
+        settings={"device": "cpu", "dtype": "float32"} | settings, key="", data={}, environment={},
+        model={"parameters": sum(each.numel() for each in model.parameters()), "trainable_parameters": 1000},
+        metrics=tuple(Metric(name, value) for name, value in figures.items()),
+    )  # fmt: skip
+
+
 def test_what_comes_once_does_not_grow_with_the_tokens(tiny_llama: Any) -> None:
     settings = TrainSettings(tokens=10 * 64, row_length=32, rows_per_step=2, scope="all", heldout_rows=1)
     model = tiny_llama(vocab_size=97)
-    config, parameters = model.config, sum(each.numel() for each in model.parameters())
 
     def record(seconds: float) -> RunRecord:
-        figures = {"train_tokens_per_second": 64.0, "train_flops_per_token": 1e9, "train_seconds": seconds}
-        return RunRecord(
-            id="r", stage="train", suite="s", arm="a", seed=0, testbed="t", started="", seconds=1.0, parents=(),
-            settings={"device": "cpu", "dtype": "float32"} | settings.described(), key="", data={}, environment={},
-            model={"parameters": parameters, "trainable_parameters": 1000},
-            metrics=tuple(Metric(name, value) for name, value in figures.items()),
-        )  # fmt: skip
+        return trained(model, settings.described(), train_seconds=seconds)
 
-    asked = Wanted("s", "a", config, None, settings, torch.device("cpu"), torch.float32, 2)
+    asked = Wanted("s", "a", model.config, None, settings, torch.device("cpu"), torch.float32, 2)
     assert foresee(asked, [record(40.0)]).seconds - foresee(asked, [record(10.0)]).seconds == pytest.approx(
         30, rel=0.01
     )

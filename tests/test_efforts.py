@@ -102,6 +102,19 @@ def test_a_slow_dtype_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(sizes) == {256}
 
 
+def test_waiting_for_other_programs_is_not_taken_for_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def busy(left: torch.Tensor, right: torch.Tensor) -> float:
+        asked.append(len(left))
+        return 0.048 if len(asked) % 8 else 2 * len(left) ** 3 / 1e11
+
+    monkeypatch.setattr("kallm_bench.budget._product_seconds", busy)
+    product_rate.cache_clear()
+    assert product_rate(torch.device("cpu"), torch.float32) == pytest.approx(1e11)
+    product_rate.cache_clear()
+
+
 # --- in a suite -------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +195,29 @@ def test_every_stage_is_foreseen_and_what_arms_share_is_counted_once(home: Path,
     told = {each.stage: each.seconds for each in ResultsStore(home / "results").records("s")}
     assert by_arm["kan"]["efforts"]["profile"]["seconds"] == pytest.approx(told["profile"])
     assert by_arm["kan"]["efforts"]["retrofit"]["seconds"] == pytest.approx(told["retrofit"])
+
+
+LESSONS = {
+    "distilled": "distillation = {weight = 0.5}",
+    "annealed": 'curriculum = {anneal = "linear", anneal_over = 1.0}',
+    "staged": 'curriculum = {stages = "backwards"}',
+}
+
+
+def test_a_teacher_and_a_curriculum_are_foreseen(home: Path, kallm: Run) -> None:
+    arms = [f'[[arm]]\nname = "{name}"\nbasis = "cheby2"\nblocks = "2-3"\n' for name in ("plain", *LESSONS)]
+    text = "\n".join(arm + lesson for arm, lesson in zip(arms, ("\n", *LESSONS.values()), strict=True))
+    (home / "s.toml").write_text(TRAINED + text)
+    cells = {cell["arm"]: cell for cell in cells_of(kallm, "s.toml")}
+    assert not [cell["trouble"] for cell in cells.values() if cell["trouble"]]
+    plain = cells["plain"]["budget"]
+    assert all(cells[name]["budget"]["seconds"] > plain["seconds"] for name in ("distilled", "annealed"))
+    assert cells["staged"]["budget"]["seconds"] != plain["seconds"]
+    assert kallm("run", "s.toml", "--only", "plain", "--seeds", "0")[0] == 0
+    cells = {cell["arm"]: cell for cell in cells_of(kallm, "s.toml")}
+    plain, heard = (cells[name]["budget"] for name in ("plain", "distilled"))
+    assert {plain["source"], heard["source"]} == {"by plain of s"}
+    assert heard["seconds"] > plain["seconds"]
 
 
 def test_what_an_arm_starts_after_counts_where_it_is_not_run_by_itself(home: Path, kallm: Run) -> None:

@@ -214,6 +214,32 @@ def test_arms_that_were_taught_otherwise_say_so_and_need_a_control_of_their_own(
     assert not [note for note in only_table(bench).notes if note.startswith("Not in this suite")]
 
 
+def test_low_rank_adapters_are_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lora(rank: int, *targets: str) -> None:
+        monkeypatch.setitem(TRAINING, "scope", "lora")
+        monkeypatch.setitem(TRAINING, "lora_rank", rank)
+        monkeypatch.setitem(TRAINING, "lora_targets", list(targets))
+
+    def train(arm: str) -> None:
+        metrics = [Metric("heldout_loss", 2.0, n=500), Metric("trained_tokens", 8192)]
+        bench.record("train", arm, 0, TRAINING | {"weights": "base"}, metrics, model={"fingerprint": arm})
+
+    train("finetune")
+    lora(16)
+    train("lora")
+    bench.arm("kan+lora", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    lora(64, "q_proj", "v_proj")
+    train("lora-attention")
+    bench.arm("kan+lora-attention", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
+    assert {row.name: row.what for row in only_table(bench).rows if row.what != "no model"} == {
+        "finetune": "fine-tuned, nothing replaced",
+        "lora": "LoRA of rank 16, nothing replaced",
+        "lora-attention": "LoRA of rank 64 on q_proj and v_proj, nothing replaced",
+        "kan+lora": "cheby2 degree 2, stack, blocks 25-26,29, LoRA of rank 16",
+        "kan+lora-attention": "cheby2 degree 2, stack, blocks 25-26,29, LoRA of rank 64 on q_proj and v_proj",
+    }
+
+
 def test_rows_of_different_settings_are_never_averaged(bench: Bench) -> None:
     bench.arm("kan", 0, {"basis": "cheby2", "degree": 2}, 2.0, right=8)
     bench.arm("kan", 1, {"basis": "cheby2", "degree": 3}, 3.0, right=8)

@@ -37,6 +37,7 @@ ORDER = [
     "reporting",
     "forecast",
     "footprint",
+    "teaching",
     "budget",
     "efforts",
     "engine",

@@ -40,6 +40,7 @@ from kallm_bench.filing import Bench, find_ref, parameter_count
 from kallm_bench.models import KANSpec, complete_spec, replaced_sites, skeleton_of
 from kallm_bench.profiling import KernelProblem
 from kallm_bench.suites import Cell, Suite
+from kallm_bench.teaching import Taught
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,7 @@ class _Ahead:
         ways = ways_of(bench, cell.train)
         wanted = Wanted(
             self.suite, cell.arm, shape.config, shape.spec, cell.train, bench.device, bench.dtype, ways["batch_rows"],
-            fast=ways["fast"], kept=ways["cache"] is not None,
+            fast=ways["fast"], kept=ways["cache"] is not None, taught=Taught(cell.curriculum, cell.distillation),
         )  # fmt: skip
         return foresee(wanted, self.records)
 

@@ -74,7 +74,12 @@ def product_weights(module: nn.Module) -> int:
 
 
 def training_flops(model: PreTrainedModel, bearing: float = 1.0) -> float:
-    """FLOP a token that a training step cannot do without, in the model's scope as it is.
+    """FLOP a token that a training step cannot do without, in the model's scope as it is; see training_flops_of."""
+    return sum(training_flops_of(model, bearing).values())
+
+
+def training_flops_of(model: PreTrainedModel, bearing: float = 1.0) -> dict[nn.Module, float]:
+    """Module that does a matrix product -> its FLOP a token of a training step, in the model's scope as it is.
 
     Forward once; where something at or below a weight learns, its input's gradient too; and the weight's own where it
     learns itself. Computing anything twice counts once.
@@ -82,19 +87,27 @@ def training_flops(model: PreTrainedModel, bearing: float = 1.0) -> float:
     Args:
         bearing: share of the positions that bear loss, on which alone the head is run.
     """
-    blocks = list(find_blocks(model))
-    learns = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
-    first = learns.index(True) if any(learns) else len(blocks)
-    below = {id(module) for block in blocks[:first] for module in block.modules()}
+    below = {id(module) for block in _frozen_blocks(model) for module in block.modules()}
     head = model.get_output_embeddings()
-    total = 0.0
+    found = {}
     for module in model.modules():
         if not (weights := product_weights(module)):
             continue
         own = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         times = 1 if id(module) in below else 2 + own
-        total += 2 * weights * times * (bearing if module is head else 1.0)
-    return total
+        found[module] = 2 * weights * times * (bearing if module is head else 1.0)
+    return found
+
+
+def frozen_flops(model: PreTrainedModel) -> float:
+    """Those of training_flops that blocks take below the first one that learns."""
+    return sum(2.0 * product_weights(module) for block in _frozen_blocks(model) for module in block.modules())
+
+
+def _frozen_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    blocks = list(find_blocks(model))
+    learns = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
+    return blocks[: learns.index(True)] if any(learns) else blocks
 
 
 def forward_flops(model: PreTrainedModel, tokens: int, heads: int) -> int:

@@ -269,12 +269,22 @@ def _signature(records: Sequence[RunRecord]) -> str:
 
 def what_it_is(arm: Arm) -> str:
     """What the arm is, from the specs of its retrofits, and how it was taught, where that was in no plain way."""
+    trained = any((record.value("trained_tokens") or 0) > 0 for record in arm.stages.get("train", []))
+    lora = _lora(arm) if trained else ""
     if arm.specs:
-        what = "; then ".join(_described(spec) for spec in arm.specs)
+        what = "; then ".join(_described(spec) for spec in arm.specs) + (f", {lora}" if lora else "")
     else:
-        trained = any((record.value("trained_tokens") or 0) > 0 for record in arm.stages.get("train", []))
-        what = "fine-tuned, nothing replaced" if trained else "untouched"
+        what = f"{lora or 'fine-tuned'}, nothing replaced" if trained else "untouched"
     return "; ".join([what, *_taught(arm)])
+
+
+def _lora(arm: Arm) -> str:
+    """The low-rank adapters that it was trained with, in words; empty where it was without."""
+    settings = arm.settings["train"]
+    if settings["scope"] != "lora":
+        return ""
+    targets = settings["lora_targets"]
+    return f"LoRA of rank {settings['lora_rank']}" + (f" on {' and '.join(targets)}" if targets else "")
 
 
 def _taught(arm: Arm) -> list[str]:

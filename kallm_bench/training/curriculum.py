@@ -161,6 +161,20 @@ class Curriculum:
         done = [(step - place.turn + 1) / (self._annealing + 1) for place in self._places]
         return tuple(0.0 if share <= 0 else bend(min(share, 1.0)) for share in done)
 
+    @property
+    def places(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each new module that does not stand there whole all the time, and its original, in the order of `shares`."""
+        return [(place.module, place.original) for place in self._places]
+
+    def lowered(self, step: int) -> dict[nn.Module, float]:
+        """Layers of edges whose degree is below their own in a step, and the share of coefficients that count then."""
+        degree = self.degree(step)
+        if degree is None:
+            return {}
+        layers = [each.layer for each in self._layers if isinstance(each.layer, KANLinear)]
+        below = {layer: layer.basis.size - 1 - degree for layer in layers}
+        return {layer: 1 - count / layer.coefficients.shape[1] for layer, count in below.items() if count > 0}
+
     def set(self, step: int) -> None:
         """Changes the model into what it is in a step, counted from 0.
 
