@@ -102,6 +102,16 @@ def test_a_slow_dtype_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(sizes) == {256}
 
 
+def test_waiting_for_busy_cores_is_not_taken_for_a_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(left: torch.Tensor, right: torch.Tensor) -> float:
+        return 0.03 + 2 * len(left) ** 3 / 100e9
+
+    monkeypatch.setattr("kallm_bench.budget._product_seconds", busy)
+    product_rate.cache_clear()
+    assert 50e9 < product_rate(torch.device("cpu"), torch.float32) < 100e9
+    product_rate.cache_clear()
+
+
 # --- in a suite -------------------------------------------------------------------------------------------------------
 
 
