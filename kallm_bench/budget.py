@@ -60,11 +60,11 @@ USUAL_COMPILING_SECONDS = 15.0
 SIMILAR = 3.0
 """Models of more or fewer parameters by this factor say nothing of each other's time and memory."""
 
-LONG_PRODUCT_SECONDS = 0.02
-"""A product that takes so long tells as much as a larger one;"""
+LONG_PRODUCT_SECONDS = 0.1
+"""A product that takes so long tells as much as a larger one; less may be a wait for a core that others keep busy."""
 
 PATIENCE_SECONDS = 1.0
-"""but it may have waited for other programs, and is tried again for as long."""
+"""So long is a product tried that takes longer, for that may be a wait too."""
 
 ESTIMATE = "an estimate"
 """The source of what no record tells of."""

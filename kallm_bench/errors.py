@@ -88,5 +88,5 @@ def unknown(what: str, value: str, known: Iterable[str]) -> str:
     """The sentence for a name that does not exist: with the nearest one if one is near, else with all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
-    hint = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(names)}."
+    hint = f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(names)}." if names else "There is none."
     return f"no {what} '{value}'. {hint}"

@@ -7,7 +7,7 @@ import re
 import tomllib
 import types as types_module
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,30 @@ SECTIONS: dict[str, type] = {
 }
 """Tables of a suite, and of an arm where it differs, with the settings each one fills."""
 
+
+class Use(NamedTuple):
+    """Keys of one of SECTIONS that decide something only where its settings are such, in words and as a question."""
+
+    keys: tuple[str, ...]
+    where: str
+    holds: Callable[[Any], bool]
+
+
+LORA = tuple(entry.name for entry in dataclasses.fields(TrainSettings) if entry.name.startswith("lora_"))
+
+USES: dict[str, tuple[Use, ...]] = {
+    "train": (
+        Use(LORA, 'scope = "lora"', lambda train: train.scope == "lora"),
+        Use(("decay_share",), 'schedule = "wsd"', lambda train: train.schedule == "wsd"),
+        Use(("final_share",), "a schedule that falls", lambda train: train.schedule != "constant"),
+    ),
+    "curriculum": (
+        Use(("stages_over",), "stages", lambda curriculum: bool(curriculum.stages)),
+        Use(("anneal_over",), "anneal", lambda curriculum: bool(curriculum.anneal)),
+    ),
+    "distillation": (Use(("temperature",), "a weight above 0", lambda distillation: distillation.active),),
+}
+"""What would be silently ignored elsewhere, and is refused: of an arm, and of a suite where no arm uses it."""
 
 DEVICES = ("cpu", "cuda")
 """Tables of these names inside one of SECTIONS hold what is otherwise on such a device: [profile.cpu]."""
@@ -161,6 +185,8 @@ def read_suite(
         for seed in chosen
         for arm in wanted
     )
+    if not only:
+        _refuse_unused(content, cells, str(path))
     kernels = tuple(problem for problem in problems if not only or problem.arm in set(only))
     return Suite(path.stem, content.get("description", ""), cells, tuple(names), kernels)
 
@@ -280,7 +306,7 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path, lat
         text, data=_beside(path, text.data), heldout=text.heldout and _beside(path, text.heldout)
     )
     stages = tuple(suite.get("stages", STAGES))
-    return Cell(
+    cell = Cell(
         arm["name"],
         seed,
         _beside(path, suite.get("model", "bundled")),
@@ -292,6 +318,8 @@ def _cell(arm: dict[str, Any], seed: int, suite: dict[str, Any], path: Path, lat
         after=after,
         dtype=dtype,
     )
+    _refuse_unused(arm, [cell], here)
+    return cell
 
 
 def _evals(values: dict[str, Any], where: str, path: Path) -> tuple[EvalSettings, ...]:
@@ -362,6 +390,15 @@ def _frozen(value: Any) -> Any:
 def _check_like(table: dict[str, Any], key: str, like: Any, where: str) -> None:
     if key in table and not isinstance(table[key], type(like)):
         raise SuiteError(f"{where}: {key} should be like {like!r}, got {table[key]!r}")
+
+
+def _refuse_unused(table: dict[str, Any], cells: Sequence[Cell], where: str) -> None:
+    """Asks whether what a suite, or an arm, says of USES decides something in one of its cells. SuiteError if not."""
+    for section, uses in USES.items():
+        for use in uses:
+            named = [key for key in use.keys if key in table.get(section, {})]
+            if named and not any(use.holds(getattr(cell, section)) for cell in cells):
+                raise SuiteError(f"{where}, [{section}]: {', '.join(named)} would decide nothing without {use.where}")
 
 
 def _refuse_unknown(table: dict[str, Any], known: set[str], where: str) -> None:

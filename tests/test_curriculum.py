@@ -385,7 +385,7 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) -
         ("bernstein", {"start_degree": 1}, "basis 'bernstein' cannot rise: its functions at a lower degree are others"),
         ("cheby2+rbf", {"start_degree": 1}, "basis 'rbf' cannot rise"),
         ("cheby2", {"start_degree": 2}, r"start_degree 2 is not below any layer's own; their degrees are \[2\]"),
-        ("linear", {"start_degree": 1}, "start_degree 1 is not below any layer's own"),
+        ("linear", {"start_degree": 1}, "start_degree 1 is for layers of functions, and nothing replaced has any"),
         ("cheby2", {"start_degree": 1, "raise_at": (0.2, 0.5)}, "from degree 1 to 2 it takes 1"),
         ("cheby2", {"stages": "backwards"}, "need the model that this one was made from"),
     ],

@@ -102,16 +102,26 @@ def test_a_slow_dtype_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(sizes) == {256}
 
 
-def test_waiting_for_other_programs_is_not_taken_for_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_wait_for_other_programs_is_not_taken_for_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
     def busy(left: torch.Tensor, right: torch.Tensor) -> float:
         asked.append(len(left))
-        return 0.048 if len(asked) % 8 else 2 * len(left) ** 3 / 1e11
+        return 0.12 * bool(len(asked) % 8) + 2 * len(left) ** 3 / 1e11
 
     monkeypatch.setattr("kallm_bench.budget._product_seconds", busy)
     product_rate.cache_clear()
     assert product_rate(torch.device("cpu"), torch.float32) == pytest.approx(1e11)
+    product_rate.cache_clear()
+
+
+def test_waiting_for_busy_cores_is_not_taken_for_a_slow_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(left: torch.Tensor, right: torch.Tensor) -> float:
+        return 0.03 + 2 * len(left) ** 3 / 100e9
+
+    monkeypatch.setattr("kallm_bench.budget._product_seconds", busy)
+    product_rate.cache_clear()
+    assert 50e9 < product_rate(torch.device("cpu"), torch.float32) < 100e9
     product_rate.cache_clear()
 
 

@@ -169,6 +169,14 @@ KAN = '[[arm]]\nbasis = "cheby2"\nblocks = "1"\n'
         ('dtype = 16\n[[arm]]\nname = "a"\n', "dtype should be like"),
         ('[[arm]]\nname = "one"\n[[arm]]\nname = "b"\nafter = "ones"\n', "Did you mean 'one'"),
         ('[[arm]]\nname = "a"\nafter = "b"\n[[arm]]\nname = "b"\nafter = "a"\n', "no arm to start after 'a'"),
+        ('[[arm]]\nname = "a"\nafter = "b"\n', "no arm to start after 'b'. There is none."),
+        ('[[arm]]\nname = "a"\ntrain.lora_rank = 64\n', 'lora_rank would decide nothing without scope = "lora"'),
+        ('train.lora_alpha = 8\n[[arm]]\nname = "a"\n', "lora_alpha would decide nothing without scope"),
+        ('[[arm]]\nname = "a"\ntrain.decay_share = 0.5\n', 'decay_share would decide nothing without schedule = "wsd"'),
+        ('[[arm]]\nname = "a"\ntrain.schedule = "constant"\ntrain.final_share = 0\n', "without a schedule that falls"),
+        ('[[arm]]\nname = "a"\ncurriculum.anneal_over = 0.5\n', "anneal_over would decide nothing without anneal"),
+        ('[[arm]]\nname = "a"\ncurriculum.stages_over = 0.1\n', "stages_over would decide nothing without stages"),
+        ('distillation.temperature = 4\n[[arm]]\nname = "a"\n', "temperature would decide nothing without a weight"),
         ("kernels = 3\n", r"kernels should be tables, \[\[kernels\]\]"),
         ("[[kernels]]\nshape = [[4, 4]]\n", "Did you mean 'shapes'"),
         ('[[kernels]]\nshapes = "4x4"\n', "shapes should be of type tuple"),
@@ -183,6 +191,16 @@ def test_a_wrong_suite_is_refused_in_one_line(tmp_path: Path, text: str, says: s
         read_suite(path)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_what_a_suite_says_for_some_of_its_arms_is_no_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "some.toml"
+    path.write_text(
+        "train.lora_rank = 8\ndistillation.temperature = 4\n"
+        '[[arm]]\nname = "plain"\n[[arm]]\nname = "lora"\ntrain.scope = "lora"\ndistillation.weight = 0.5\n'
+    )
+    assert [cell.train.lora_rank for cell in read_suite(path).cells] == [8, 8]
+    assert [cell.arm for cell in read_suite(path, only=["plain"]).cells] == ["plain"]
 
 
 def test_ways_to_teach_are_read_for_the_suite_and_for_an_arm(tmp_path: Path) -> None:
@@ -323,7 +341,7 @@ def test_a_taught_arm_is_another_one_and_a_plain_one_is_what_it_was(bench: Bench
     ("arm", "says"),
     [
         ('basis = "rbf"\nblocks = "2-3"\ncurriculum.start_degree = 1', "arm 'wrong': .*basis 'rbf' cannot rise"),
-        ('basis = "linear"\nblocks = "2-3"\ncurriculum.start_degree = 1', "arm 'wrong': start_degree 1 is not below"),
+        ('basis = "linear"\nblocks = "2-3"\ncurriculum.start_degree = 1', "start_degree 1 is for layers of functions"),
         ('basis = "cheby2"\nblocks = "2-3"\ntrain.tail_from = 3\ncurriculum.stages = "forwards"',
          "arm 'wrong': tail_from 3: block 2 was replaced and would not learn"),
         ('train.scope = "all"\ncurriculum.anneal = "linear"', "arm 'wrong': stages and annealing need replaced blocks"),

@@ -165,7 +165,7 @@ def test_scopes_learn_what_they_say(tiny_llama: Any) -> None:
     assert scopes["tail"] - scopes["replaced"] >= {"model.norm.weight"}
     assert scopes["tail+head"] - scopes["tail"] == {"model.embed_tokens.weight"}
     assert scopes["all"] == set(names.values())
-    with pytest.raises(TrainingError, match="needs replaced blocks"):
+    with pytest.raises(TrainingError, match="take --scope all or lora, or tail_from in a suite"):
         parameters_in(tiny_llama(), "tail")
     with pytest.raises(TrainingError, match="Did you mean 'tail'"):
         parameters_in(model, "tial")

@@ -44,10 +44,10 @@ def describe_run(
     """
     tokens = settings.rows_per_step * settings.row_length
     speeds = [tokens / seconds for seconds in result.step_seconds]
-    first, last = settings.steps - len(speeds) + 1, settings.steps
-    note = f"of steps {first} to {last} alone, the run was resumed" if 1 < first <= last else ""
+    first, last = result.first_step + 1, settings.steps
+    note = f"of steps {first} to {last} alone, the run was resumed" if first > 1 else ""
     if not speeds:
-        note = "every step was done before the run was resumed"
+        note = "every step that bore loss was done before the run was resumed"
     note = "; ".join([*([note] if note else []), *surroundings])
     speed = statistics.median(speeds) if speeds else None
     numbers = np.unique(np.linspace(0, len(rows) - 1, BEARING_ROWS, dtype=np.int64))

@@ -279,6 +279,8 @@ def _growing(modules: Iterable[nn.Module], start_degree: int) -> list[_Layer]:
         for layer in layers
         for top in [layer.basis.size - 1]
     ]
+    if not layers:
+        raise TrainingError(f"start_degree {start_degree} is for layers of functions, and nothing replaced has any")
     if not any(layer.basis.size - 1 > start_degree for layer in layers):
         degrees = sorted({layer.basis.size - 1 for layer in layers})
         raise TrainingError(f"start_degree {start_degree} is not below any layer's own; their degrees are {degrees}")

@@ -61,7 +61,8 @@ class TrainResult:
         losses: the mean loss of every step.
         heldout_before, heldout_after, heldout_tokens: the held-out loss, and over how many tokens.
         heldout: (step, loss) of those taken on the way.
-        step_seconds: of the steps that this very run did: all, unless it went on from a saved state.
+        first_step: number of the first step that this very run did: 0, unless it went on from a saved state.
+        step_seconds: of the steps that it did, without those in which nothing bore loss.
         seconds: of all of it but loading.
         rows_at_once: how many went through the model at once, in the end.
         prefix_cache_share: of the rows of those very steps, those whose way through frozen blocks was read from the
@@ -74,6 +75,7 @@ class TrainResult:
     heldout_tokens: int
     trainable_parameters: int
     heldout: tuple[tuple[int, float], ...] = ()
+    first_step: int = field(default=0, compare=False)
     step_seconds: tuple[float, ...] = field(default=(), compare=False)
     seconds: float = field(default=0.0, compare=False)
     rows_at_once: int = field(default=0, compare=False)
@@ -185,6 +187,7 @@ def train(
             forward.settle()
             meter.measured(0, state.heldout_before)
         forward.train(True)
+        first_step = state.step
         _run(Stepper(forward, rows, settings, state), heldout, curriculum, meter)
         read = forward.read_share(rows)
         if curriculum:
@@ -195,7 +198,7 @@ def train(
     count = sum(parameter.numel() for parameter in learning.values())
     return TrainResult(
         tuple(state.losses), state.heldout_before, after, tokens, count, tuple(state.heldout),
-        tuple(meter.seconds), state.seconds, fit.rows, read,
+        first_step, tuple(meter.seconds), state.seconds, fit.rows, read,
     )  # fmt: skip
 
 
@@ -243,7 +246,7 @@ def _run(stepper: Stepper, heldout: Rows, curriculum: Curriculum | None, meter: 
                 raise TrainingError(step.trouble)
             if step.loss is not None:
                 state.advance(step.loss)
-                meter.stepped(state.optimiser.param_groups[0]["lr"])
+                meter.stepped(state.optimiser.param_groups[0]["lr"], step.idle)
             if step.stopped_by or step.due:
                 began = time.monotonic()
                 state.save()

@@ -27,7 +27,8 @@ class Meter:
         device: whose memory is told.
 
     Attributes:
-        seconds: of each step that this run itself did, from when it began to when its loss was known.
+        seconds: of each step that this run itself did, from when it began to when its loss was known; without those
+            in which nothing bore loss, which take no time and say nothing of speed.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class Meter:
         yield
         self._last = time.perf_counter() - began
 
-    def stepped(self, rate: float) -> None:
-        """What was timed last was a step, which `state` knows; `rate` was its learning rate."""
-        self.seconds.append(self._last)
+    def stepped(self, rate: float, idle: bool) -> None:
+        """What was timed last was a step, which `state` knows; `rate` was its learning rate. See Step for `idle`."""
         state = self.state
-        figures = {"loss": state.losses[-1], "learning_rate": rate, "tokens_per_second": self._speed(1)}
+        figures = {"loss": state.losses[-1], "learning_rate": rate}
+        if not idle:
+            self.seconds.append(self._last)
+            figures["tokens_per_second"] = self._speed(1)
         self.log(state.step, figures)
         self.watch("training", state.step, self.settings.steps, self.line())
 
@@ -67,7 +70,8 @@ class Meter:
         parts = [f"loss {statistics.fmean(state.losses[-SMOOTHED_STEPS:]):.3f}"]
         if (newest := state.newest_heldout) is not None:
             parts.append(f"held-out {newest:.3f}")
-        parts.append(f"{self._speed(SMOOTHED_STEPS):,.0f} tokens/s")
+        if self.seconds:
+            parts.append(f"{self._speed(SMOOTHED_STEPS):,.0f} tokens/s")
         if (used := memory_in_use(self.device)) is not None:
             parts.append(f"{used / 2**30:.1f} GiB")
         return ", ".join(parts)

@@ -32,7 +32,8 @@ def check_scope(scope: str, *, replaced: bool, tail_from: int | None = None) -> 
     if scope not in SCOPES:
         raise TrainingError(unknown("scope", scope, SCOPES))
     if not replaced and scope not in FOR_ANY and (scope == "replaced" or tail_from is None):
-        raise TrainingError(f"scope '{scope}' needs replaced blocks and this model has none; take --scope all or lora")
+        instead = "--scope all or lora" + ("" if scope == "replaced" else ", or tail_from in a suite's [train]")
+        raise TrainingError(f"scope '{scope}' needs replaced blocks and this model has none; take {instead}")
 
 
 def parameters_in(

@@ -34,7 +34,9 @@ class Step:
     """What became of a step, the same on every process.
 
     Args:
-        loss: the mean cross-entropy before it; None where it was left, with nothing changed.
+        loss: the mean cross-entropy before it, the last one known where nothing in it bore loss; None where it was
+            left, with nothing changed.
+        idle: whether nothing in it bore loss, so that nothing was computed.
         stopped_by: the signal that asked some process to stop; 0 where none did.
         due: whether the state shall be saved now.
         trouble: why training cannot go on; empty where it can. Then nothing was changed.
@@ -44,6 +46,7 @@ class Step:
     stopped_by: int = 0
     due: bool = False
     trouble: str = ""
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Stepper:
         set_rate(state.optimiser, self.settings, state.step)
         count = self.rows.bearing(numbers)
         if count == 0:  # short rows may hold nobody's answer; the step then changes nothing
-            return Step(state.losses[-1] if state.losses else 0.0)
+            return Step(state.losses[-1] if state.losses else state.heldout_before, idle=True)
         with heard():
             loss, left = state.fit.within(lambda: self._backward(numbers, following, count, stop))
 
