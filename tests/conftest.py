@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start, too; see one_thread
+
 import torch
 
 if not torch.cuda.is_available():

@@ -129,6 +129,14 @@ def test_a_tenth_is_held_out_where_no_other_file_is(bundled_tokenizer: Any, data
     assert [int((each.classes != IGNORE).sum()) for each in (rows, kept)] == [270, 30]
 
 
+def test_each_class_has_its_share_of_what_is_held_out_in_any_order(bundled_tokenizer: Any, tmp_path: Path) -> None:
+    """Labels that take turns, as of a sorted file that was dealt out; a class of one text is learned."""
+    lines = [{"text": f"text {number}", "label": number % 5} for number in range(100)] + [{"text": "alone", "label": 9}]
+    rows, kept = prepare_texts(write(tmp_path / "turns.jsonl", lines), bundled_tokenizer, 24)
+    counts = [np.bincount(each.classes[each.classes != IGNORE], minlength=6).tolist() for each in (rows, kept)]
+    assert counts == [[18, 18, 18, 18, 18, 1], [2, 2, 2, 2, 2, 0]]
+
+
 def test_parquet_holds_the_same_texts(bundled_tokenizer: Any, data: tuple[str, str], tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts(300)), tmp_path / "train.parquet")
     first, second = (

@@ -121,6 +121,14 @@ def only_table(bench: Bench) -> Table:
     return table
 
 
+def test_parameters_are_those_of_the_trained_model_where_nothing_else_tells(bench: Bench) -> None:
+    """As of an arm that replaced nothing and was not profiled."""
+    metrics, model = [Metric("heldout_loss", 2.0), Metric("trained_tokens", 8192)], {"parameters": 134_515_008}
+    bench.record("train", "finetune", 0, TRAINING | {"seed": 0, "weights": "base"}, metrics, model=model)
+    (row,) = only_table(bench).rows
+    assert row.figures["parameters"].value == 134_515_008
+
+
 def test_arms_stand_in_their_suites_order(bench: Bench) -> None:
     """Whatever order they ran in; those that its file does not name come last, and names without records nowhere."""
     for name in ("gone", "kan", "linear"):

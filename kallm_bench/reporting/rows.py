@@ -54,6 +54,8 @@ def arm_row(book: AnswerBook, arm: Arm) -> Row:
         if figure := figure_of(book, records, metric):
             shared = (stage, metric in SPEEDS) == ("train", True) and not all(map(alone, records))
             figures[metric] = dataclasses.replace(figure, mark=SHARED) if shared else figure
+    if "parameters" not in figures and (count := _count(arm)):
+        figures["parameters"] = Figure(count)
     return Row(
         arm.name,
         what_it_is(arm),
@@ -65,6 +67,11 @@ def arm_row(book: AnswerBook, arm: Arm) -> Row:
         tasks=_tasks(arm.stages.get("eval-bbh", [])),
         curves=tuple(curves_of(arm.stages.get("train", []))),
     )
+
+
+def _count(arm: Arm) -> float | None:
+    """The parameters of the model that was trained, where neither a profile nor a retrofit told them."""
+    return next((count for record in arm.stages.get("train", []) if (count := record.model.get("parameters"))), None)
 
 
 def figure_of(book: AnswerBook, records: Sequence[RunRecord], metric: str) -> Figure | None:

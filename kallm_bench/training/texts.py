@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from kallm_bench.training.template import tokenizer_fingerprint
 COLUMNS = Columns(("text", "label"), instead="Rename those that hold a text and its class")
 
 HELDOUT_EVERY = 10
-"""Without a held-out file of its own, every tenth text is held out, and never trained on."""
+"""Without a held-out file of its own, every tenth text of a class is held out, and never trained on."""
 
 AT_ONCE = 1024
 """Texts that are cut into tokens at one time."""
@@ -116,19 +117,19 @@ def prepare_texts(
     """Training rows and held-out rows. What of a text does not fit into a row is left out.
 
     Args:
-        source, heldout: see find_texts; None holds out every tenth text of `source`.
+        source, heldout: see find_texts; None holds out every tenth text of each class of `source`, from its second on.
 
     Raises:
         DataError: missing, empty or malformed data, with the line; fewer than two classes; a held-out text of a class
             that no training text has.
     """
-    learned, table = list(read_texts(find_texts(source))), find_texts(source)
-    kept, other = learned[::HELDOUT_EVERY], table
+    table = find_texts(source)
+    other = find_texts(heldout) if heldout else table
+    learned = list(read_texts(table))
     if heldout:
-        other = find_texts(heldout)
         kept = list(read_texts(other))
     else:
-        learned = [each for number, each in enumerate(learned) if number % HELDOUT_EVERY]
+        kept, learned = _divided(learned)
     names = tuple(
         sorted({each.label for each in learned}, key=lambda name: (len(name) if name.isdecimal() else 0, name))
     )
@@ -145,6 +146,16 @@ def prepare_texts(
         _packed(learned, names, tokenizer, row_length, source, [table.fingerprint, str(bool(heldout)), *parts]),
         _packed(kept, names, tokenizer, row_length, heldout or source, [other.fingerprint, "kept", *parts]),
     )
+
+
+def _divided(texts: list[LabelledText]) -> tuple[list[LabelledText], list[LabelledText]]:
+    """Every tenth text of each class, and the others: of any order of classes, each has its share."""
+    met: Counter[str] = Counter()
+    parts: tuple[list[LabelledText], list[LabelledText]] = [], []
+    for each in texts:
+        parts[met[each.label] % HELDOUT_EVERY != 1].append(each)
+        met[each.label] += 1
+    return parts
 
 
 def _packed(
@@ -174,7 +185,7 @@ def _packed(
             place += len(ids)
             classes[row, place - 1] = next(labels)
         flags[row, place : place + 1] = FIRST  # what is left over is a document of its own
-    fingerprint = hashlib.sha256("\n".join([*parts, "texts-1"]).encode()).hexdigest()
+    fingerprint = hashlib.sha256("\n".join([*parts, "texts-2"]).encode()).hexdigest()
     return LabelledRows(tokens, flags, source, fingerprint, classes, names)
 
 
