@@ -344,15 +344,17 @@ def test_other_rows_weights_or_places_are_never_mixed_up(tiny_llama: Any, tmp_pa
         cache.close()
         return cache.folder.name
 
-    changed = frozen_model(tiny_llama)
-    tail = frozen_model(tiny_llama)
+    changed, embedded, tail = (frozen_model(tiny_llama) for _ in range(3))
     with torch.no_grad():
         changed.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+        embedded.model.embed_tokens.weight[3, 5] += 1e-3
         tail.model.layers[2].self_attn.q_proj.weight += 1
+        tail.model.norm.weight += 1
+    tail.config.vendor_name_or_path = "elsewhere"
     other = Rows(rows.tokens, rows.flags, rows.source, "another")
     names = [folder(model), folder(changed), folder(model, 1), folder(model, 2, torch.bfloat16)]
-    names.append(folder(model, source=other))
-    assert len(set(names)) == 5
+    names += [folder(model, source=other), folder(embedded)]
+    assert len(set(names)) == 6
     arms = [tiny_llama(vocab_size=VOCABULARY) for _ in range(3)]
     for arm, spec in zip(arms, (KANSpec("2-3", "linear"), KANSpec("3", "legendre", seed=7), None), strict=True):
         if spec:

@@ -28,23 +28,32 @@ from kallm_bench.training.data import Rows
 WAITING = 4
 """Batches on their way to the disk at one time."""
 
+LAST_NORMS = ("norm", "ln_f", "final_norm", "final_layernorm", "final_layer_norm")
+"""What decoders call the norm after their last block, which nothing that enters a block has passed."""
+
 
 def prefix_fingerprint(model: PreTrainedModel, first: int) -> str:
-    """sha256 over everything that decides what enters block `first`: configuration, and values outside later blocks.
+    """sha256 over everything that decides what enters block `first`: configuration, and values that come before.
 
-    What was put into later blocks does not count, so that arms and seeds that begin alike share what was computed.
+    What was put into later blocks does not count, nor what these and the last norm have learned, so that arms and seeds
+    that begin alike share what was computed.
     """
-    described = model.config.get_text_config(decoder=True).to_dict()
-    for name in ("kallm", "architectures", "_name_or_path", "transformers_version", "dtype"):
-        described.pop(name, None)
+    names = ("kallm", "architectures", "transformers_version", "dtype")
+    described = {
+        name: value
+        for name, value in model.config.get_text_config(decoder=True).to_dict().items()
+        if name not in names and not name.endswith("name_or_path")
+    }
     below = [
         {**spec.to_json(), "blocks": sorted(here), "seed": None}
         for spec in specs_of(model.config)
         if (here := [int(block) for block in spec.blocks if int(block) < first])
     ]
     digest = hashlib.sha256(json.dumps([described, below], sort_keys=True, default=str).encode())
-    later = {id(each) for block in find_blocks(model)[first:] for each in block.parameters()}
-    for name, value in model.get_decoder().named_parameters():
+    decoder = model.get_decoder()
+    norms = [child for name, child in decoder.named_children() if name in LAST_NORMS]
+    later = {id(each) for module in (*find_blocks(model)[first:], *norms) for each in module.parameters()}
+    for name, value in decoder.named_parameters():
         if id(value) not in later:
             digest.update(name.encode())
             digest.update(value.detach().contiguous().view(torch.uint8).cpu().numpy().data)
