@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import math
 import os
 import shutil
@@ -26,8 +25,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from kallm_bench.footprint import ADAM_BYTES, estimated_peaks, process_bytes, static_bytes
 from kallm_bench.models import KANSpec, complete_spec, skeleton_of
-from kallm_bench.profiling import flops_per_token, give_back, peak_memory
+from kallm_bench.profiling import flops_per_token, peak_memory
 from kallm_bench.profiling.flops import frozen_flops, training_flops
+from kallm_bench.profiling.products import product_rate
 from kallm_bench.progress import Watch
 from kallm_bench.records import RunRecord
 from kallm_bench.teaching import Taught, costs_of
@@ -60,17 +60,8 @@ USUAL_COMPILING_SECONDS = 15.0
 SIMILAR = 3.0
 """Models of more or fewer parameters by this factor say nothing of each other's time and memory."""
 
-LONG_PRODUCT_SECONDS = 0.1
-"""A product that takes so long tells as much as a larger one; less may be a wait for a core that others keep busy."""
-
-PATIENCE_SECONDS = 1.0
-"""So long is a product tried that takes longer, for that may be a wait too."""
-
 ESTIMATE = "an estimate"
 """The source of what no record tells of."""
-
-LARGE = {"cuda": 8192, "cpu": 2048}
-"""Rows and columns of a large product: launching it on a GPU should take no part of its time."""
 
 
 @dataclass(frozen=True)
@@ -423,29 +414,3 @@ def _peaks(static: float, flops: float, like: RunRecord, wanted: Wanted) -> dict
             around = min(rest, process_bytes()) if wanted.device.type == "cpu" else 0.0
             peaks[name] = static + around + (rest - around) * more
     return peaks
-
-
-@functools.cache
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a large product of two matrices; of a smaller one where that takes long, as in a slow dtype."""
-    size, best = LARGE[device.type] // 8, 0.0
-    while size <= LARGE[device.type]:
-        left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-        seconds: list[float] = []
-        while len(seconds) < 4 or (min(seconds) > LONG_PRODUCT_SECONDS and sum(seconds) < PATIENCE_SECONDS):
-            seconds.append(_product_seconds(left, right))
-        best = max(best, 2 * size**3 / min(seconds))
-        if min(seconds) > LONG_PRODUCT_SECONDS:
-            break
-        size *= 2
-    del left, right
-    give_back(device)  # what the allocator keeps would count as the next stage's
-    return best
-
-
-def _product_seconds(left: torch.Tensor, right: torch.Tensor) -> float:
-    if left.is_cuda:
-        torch.cuda.synchronize(left.device)
-    began = time.perf_counter()
-    (left @ right)[0, 0].item()
-    return time.perf_counter() - began

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from kallm_bench.budget import ESTIMATE, USUAL_EFFICIENCY, of_similar_size, product_rate
+from kallm_bench.budget import ESTIMATE, USUAL_EFFICIENCY, of_similar_size
 from kallm_bench.footprint import estimated_peaks, process_bytes, static_bytes
 from kallm_bench.kan.bases import make_basis
 from kallm_bench.models import KANSpec
@@ -24,6 +24,7 @@ from kallm_bench.models.calibration import KEEP
 from kallm_bench.models.distill import TOKENS_A_STEP
 from kallm_bench.profiling import KernelProblem, ProfileSettings
 from kallm_bench.profiling.flops import cache_bytes
+from kallm_bench.profiling.products import product_rate
 from kallm_bench.profiling.room import parameter_bytes
 from kallm_bench.records import RunRecord
 from kallm_bench.training import apply_scope

@@ -13,9 +13,10 @@ from conftest import Run
 from test_training import CHAT, write_chat
 from tiny_suite import TRAINED
 
-from kallm_bench.budget import ESTIMATE, USUAL_EFFICIENCY, product_rate
+from kallm_bench.budget import ESTIMATE, USUAL_EFFICIENCY
 from kallm_bench.efforts import FORMULAS, Speed, Work, foresee_stage
 from kallm_bench.models import save_checkpoint
+from kallm_bench.profiling.products import product_rate
 from kallm_bench.records import ResultsStore, RunRecord
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -95,7 +96,7 @@ def test_a_slow_dtype_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None
         sizes.append(len(left))
         return 1.0
 
-    monkeypatch.setattr("kallm_bench.budget._product_seconds", slow)
+    monkeypatch.setattr("kallm_bench.profiling.products._product_seconds", slow)
     product_rate.cache_clear()
     assert product_rate(torch.device("cpu"), torch.float16) == 2 * 256**3
     product_rate.cache_clear()
@@ -109,7 +110,7 @@ def test_a_long_wait_for_other_programs_is_not_taken_for_a_slow_machine(monkeypa
         asked.append(len(left))
         return 0.12 * bool(len(asked) % 8) + 2 * len(left) ** 3 / 1e11
 
-    monkeypatch.setattr("kallm_bench.budget._product_seconds", busy)
+    monkeypatch.setattr("kallm_bench.profiling.products._product_seconds", busy)
     product_rate.cache_clear()
     assert product_rate(torch.device("cpu"), torch.float32) == pytest.approx(1e11)
     product_rate.cache_clear()
@@ -119,7 +120,7 @@ def test_waiting_for_busy_cores_is_not_taken_for_a_slow_device(monkeypatch: pyte
     def busy(left: torch.Tensor, right: torch.Tensor) -> float:
         return 0.03 + 2 * len(left) ** 3 / 100e9
 
-    monkeypatch.setattr("kallm_bench.budget._product_seconds", busy)
+    monkeypatch.setattr("kallm_bench.profiling.products._product_seconds", busy)
     product_rate.cache_clear()
     assert 50e9 < product_rate(torch.device("cpu"), torch.float32) < 100e9
     product_rate.cache_clear()
