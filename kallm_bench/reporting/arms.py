@@ -281,7 +281,7 @@ def what_it_is(arm: Arm) -> str:
 def _lora(arm: Arm) -> str:
     """The low-rank adapters that it was trained with, in words; empty where it was without."""
     settings = arm.settings["train"]
-    if settings["scope"] != "lora":
+    if settings.get("scope") != "lora":
         return ""
     targets = settings["lora_targets"]
     return f"LoRA of rank {settings['lora_rank']}" + (f" on {' and '.join(targets)}" if targets else "")
