@@ -68,9 +68,10 @@ def test_another_training_is_another_row(trainings: Trainings) -> None:
 
 def test_costs_are_of_undisturbed_runs(trainings: Trainings) -> None:
     for seed in (0, 1):
-        trainings.trained(f"shared{seed}", 10.0, SHARED, seed=seed)
+        trainings.trained(f"shared{seed}", 10.0 + seed, SHARED, seed=seed)
         trainings.asked(f"shared{seed}", 6, seed)
-    assert trainings.table().rows[0].figures["train_tokens_per_second"].value == 10.0
+    speed = trainings.table().rows[0].figures["train_tokens_per_second"]
+    assert (speed.value, speed.interval, speed.mark) == (10.0 + 0.5, None, "§"), "others' share is no spread of seeds"
     trainings.trained("alone", 30.0)
     table = trainings.table()
     figures = table.rows[0].figures

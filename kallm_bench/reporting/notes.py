@@ -35,7 +35,8 @@ def notes(suite: str, testbed: dict[str, Any], arms: Sequence[Arm], figures: Seq
     yield from _difference_notes(arms)
     yield from prefix_notes(arms)
     if SHARED in marks:
-        yield f"{SHARED} Other processes computed on the machine meanwhile: such a speed is set beside no other."
+        meanwhile = "Other processes computed on the machine meanwhile"
+        yield f"{SHARED} {meanwhile}: such a speed has no interval, and is set beside no other."
     yield from _undisturbed_notes(arms)
     yield from _measurement_notes(arms)
     yield place(testbed, [record for arm in arms for records in arm.stages.values() for record in records])

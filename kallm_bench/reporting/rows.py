@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -53,7 +52,7 @@ def arm_row(book: AnswerBook, arm: Arm) -> Row:
         records = arm.telling(stage, metric) or (arm.stages.get("retrofit", []) if metric == "parameters" else [])
         if figure := figure_of(book, records, metric):
             shared = (stage, metric in SPEEDS) == ("train", True) and not all(map(alone, records))
-            figures[metric] = dataclasses.replace(figure, mark=SHARED) if shared else figure
+            figures[metric] = Figure(figure.value, mark=SHARED) if shared else figure
     if "parameters" not in figures and (count := _count(arm)):
         figures["parameters"] = Figure(count)
     return Row(
