@@ -51,6 +51,22 @@ def test_a_kan_is_set_beside_the_linear_control_of_its_size(bench: Bench) -> Non
     assert found["kan"].figures["accuracy_difference"].value == pytest.approx(100 * 7 / 8)
 
 
+def test_a_lead_at_one_learning_rate_is_told_as_that(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told() -> list[str]:
+        table = differences(bench)
+        assert table is not None
+        return [note for note in table.notes if "learning rate" in note]
+
+    bench.arm("kan", 0, KAN, 2.0, right=8, replaced=1000)
+    bench.arm("linear", 0, LINEAR, 2.5, right=8, replaced=1000)
+    assert told() == ["All at one learning rate, 0.0004: another may turn differences of losses round."]
+    monkeypatch.setattr(test_reporting, "TRAINING", TRAINING | {"learning_rate": 1.2e-3})
+    bench.arm("kan-fast", 0, KAN, 2.0, right=8, replaced=1000)
+    assert told(), "nothing was set beside it yet"
+    bench.arm("linear-fast", 0, LINEAR, 2.5, right=8, replaced=1000)
+    assert not told()
+
+
 def test_a_control_must_be_trained_alike(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.arm("kan", 0, KAN, 2.0, right=8, replaced=1000)
     monkeypatch.setattr(test_reporting, "TRAINING", TRAINING | {"scope": "all"})

@@ -249,6 +249,14 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
     losses = [figure for row in rows for name, _ in LOSSES.values() if (figure := row.figures.get(name))]
     if any(figure.interval is None for figure in losses):
         yield "Differences of losses without an interval are of one seed: another seed may turn them round."
+    linear = [(arm, other) for arm, other in pairs if is_kan(arm) and is_linear(other)]
+    rates = {
+        record.settings["learning_rate"]
+        for record in itertools.chain(*(each.stages.get("train", []) for pair in linear for each in pair))
+        if record.value("trained_tokens") != 0
+    }
+    if losses and len(rates) == 1:
+        yield f"All at one learning rate, {rates.pop():g}: another may turn differences of losses round."
     reached = {row.name for row in rows if TOKENS in row.figures}
     if reached:
         yield (
@@ -264,7 +272,6 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
     if unequal:
         yield f"No accuracy difference where the questions, or how they were asked, differ: {'; '.join(unequal)}."
     yield from _speed_notes(pairs)
-    linear = [(arm, other) for arm, other in pairs if is_kan(arm) and is_linear(other)]
     for what, equal in (("size", matched), ("start", started_alike)):
         others = dict.fromkeys(f"'{arm.name}' beside '{other.name}'" for arm, other in linear if not equal(arm, other))
         if others:
