@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
-from test_reporting import ASKED, Bench
+import test_reporting
+from test_reporting import ASKED, TRAINING, Bench
 
 from kallm_bench.records import Metric
 from kallm_bench.reporting import Figure, Memory, Table, build_tables, to_json
@@ -17,6 +19,7 @@ from kallm_bench.reporting.answers import AnswerBook
 from kallm_bench.reporting.html import to_html
 from kallm_bench.reporting.json_text import SCHEMA_FILE
 from kallm_bench.reporting.plots import PICTURES, Drawing, drawings_of, rendered
+from kallm_bench.reporting.sweeps import Line, sweeps_of
 from kallm_bench.reporting.tradeoffs import Panel, Point, panels_of, pareto_front, points_of
 
 SCHEMA = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
@@ -104,6 +107,34 @@ def test_two_ways_of_asking_share_no_axis(tmp_path: Path) -> None:
     tasks = next(each for each in drawings_of(table) if each.name.endswith("tasks"))
     assert list(tasks.data) == ["linear (chat, procedural)", "kan (chat, procedural)"]
     assert rendered(drawings_of(table)[0], "svg")
+
+
+def test_what_was_trained_at_three_rates_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path)
+
+    def add(rate: float, name: str, basis: str, *losses: float, **other: Any) -> None:
+        monkeypatch.setattr(test_reporting, "TRAINING", TRAINING | other | {"learning_rate": rate})
+        for seed, loss in enumerate(losses):
+            bench.arm(f"{basis}-{name}", seed, {"basis": basis}, loss, right=4)
+
+    def lines() -> list[Line]:
+        return sweeps_of(build_tables(bench.store)[0])
+
+    for basis, better in (("linear", 0.2), ("cheby2", 0.1)):
+        add(4e-4, "usual", basis, 3.0 - better, 3.2 - better)
+        add(1.3e-4, "slow", basis, 3.0)
+    add(1.2e-3, "fast", "linear", 2.5, weight_decay=0.1)  # another training
+    assert not lines(), "two rates make no line"
+    add(1.2e-3, "faster", "linear", 2.6)
+    ((name, points),) = lines()
+    assert name == "linear"
+    assert [(rate, pytest.approx(loss)) for rate, loss, _ in points] == [(1.3e-4, 3.0), (4e-4, 2.9), (1.2e-3, 2.6)]
+    assert [interval is None for _, _, interval in points] == [True, False, True]
+    add(1.2e-3, "fast", "cheby2", 2.7)
+    assert [name for name, _ in lines()] == ["linear", "cheby2"]
+    drawing = next(each for each in drawings_of(build_tables(bench.store)[0]) if each.name.endswith("rates"))
+    text = rendered(drawing, "svg").decode()
+    assert all(f">{rate}<" in text for rate in ("0.00013", "0.0004", "0.0012"))
 
 
 @pytest.mark.parametrize("kind", PICTURES)

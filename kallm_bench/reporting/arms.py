@@ -23,6 +23,14 @@ SHARED = "§"
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """A training's learning rate, and all else that led to its loss, which those at other rates have `alike`."""
+
+    alike: str
+    rate: float
+
+
+@dataclass(frozen=True)
 class Arm:
     """Records of one arm that belong together: for each stage one a seed, of equal settings and one line of weights.
 
@@ -86,6 +94,14 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         """What its rows must share to be averaged, by stage."""
         return {stage: comparable(records[0]) for stage, records in self.stages.items() if records}
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """None where it was not trained."""
+        settings = {stage: dict(self.settings[stage]) for stage in ("retrofit", "train") if stage in self.settings}
+        rate = settings.get("train", {}).pop("learning_rate", None)
+        alike = json.dumps([settings, self.base, self.tokens_before], sort_keys=True)
+        return None if rate is None else Sweep(alike, float(rate))
 
     @property
     def seeds(self) -> int:

@@ -1,4 +1,4 @@
-"""A suite's drawings: what skill costs, losses during training, each task against guessing.
+"""A suite's drawings: what skill costs, losses during training and by learning rate, each task against guessing.
 
 Drawn by matplotlib, which is imported only when something is drawn. Each drawing bears the sha256 of what it shows, so
 that one can tell whether a picture is of these results whatever version of matplotlib has drawn it.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kallm_bench.reporting.beside import short_names
+from kallm_bench.reporting.sweeps import draw_sweeps, sweeps_of
 from kallm_bench.reporting.table import Table
 from kallm_bench.reporting.tradeoffs import COLOURS, draw_tradeoffs, panels_of, tradeoff_data
 
@@ -71,6 +72,9 @@ def drawings_of(table: Table) -> list[Drawing]:
         title = "Loss during training. Lines: on the batches trained on; dots: on held-out rows"
         arms = list(dict.fromkeys(short_names(table).values()))
         found.append(Drawing(f"{name}-losses", title, curves, lambda canvas: _draw_losses(arms, curves, canvas)))
+    if lines := sweeps_of(table):
+        title = "Held-out loss by learning rate, of what was else trained alike"
+        found.append(Drawing(f"{name}-rates", title, lines, lambda canvas: draw_sweeps(lines, canvas)))
     ways = list(dict.fromkeys(row.asked for row in table.rows))
     asked = sorted((row for row in table.rows if row.tasks), key=lambda row: ways.index(row.asked))
     tasks = {row.label: {task: vars(score) for task, score in row.tasks.items()} for row in asked}

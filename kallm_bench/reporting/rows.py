@@ -65,6 +65,7 @@ def arm_row(book: AnswerBook, arm: Arm) -> Row:
         asked=asked_how(arm.stages.get("eval-bbh", [])),
         tasks=_tasks(arm.stages.get("eval-bbh", [])),
         curves=tuple(curves_of(arm.stages.get("train", []))),
+        sweep=arm.sweep,
     )
 
 

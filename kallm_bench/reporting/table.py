@@ -8,7 +8,7 @@ from typing import Literal
 
 from kallm_bench.records.comparison import Comparison
 from kallm_bench.records.statistics import Interval
-from kallm_bench.reporting.arms import labelled
+from kallm_bench.reporting.arms import Sweep, labelled
 
 SUBTITLES = {
     "arms": "",
@@ -68,7 +68,7 @@ class Row:
         way: how its questions were asked, where that alone tells it from the others of its name.
         asked: how its questions were asked, in a word or two; rows that differ in it share no axis of accuracy.
         comparison: with another row, on the questions that both were asked.
-        tasks, curves: of the row's figures, for those who look closer.
+        tasks, curves, sweep: of the row's figures, for those who look closer.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Row:
     comparison: Comparison | None = None
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     curves: tuple[Curve, ...] = ()
+    sweep: Sweep | None = None
 
     @property
     def label(self) -> str:

@@ -137,8 +137,8 @@ def _draw_panel(
         handles[point.arm] = axes.errorbar(
             point.x,
             point.y,
-            xerr=_bars(point.x, point.x_ends),
-            yerr=_bars(point.y, point.y_ends),
+            xerr=bars(point.x, point.x_ends),
+            yerr=bars(point.y, point.y_ends),
             fmt=shape,
             color=colour,
             markersize=5,
@@ -187,6 +187,6 @@ def _ends(figure: Figure, scale: float) -> tuple[float, float] | None:
     return (figure.interval[0] * scale, figure.interval[1] * scale) if figure.interval else None
 
 
-def _bars(value: float, ends: tuple[float, float] | None) -> list[list[float]] | None:
+def bars(value: float, ends: tuple[float, float] | None) -> list[list[float]] | None:
     """The lengths of an error bar's halves, as matplotlib takes them."""
     return [[max(value - ends[0], 0.0)], [max(ends[1] - value, 0.0)]] if ends else None
