@@ -614,6 +614,8 @@ def test_usage_errors_leave_with_two(home: Path, kallm: Run) -> None:
     for option in ("--temperature", "--base"):
         code, _, err = kallm("train", "base", option, "1")
         assert (code, f"{option} is for --distill" in err) == (2, True)
+    code, _, err = kallm("train", "base", "--tokens", "0", "--out", "there")
+    assert (code, "leave --out out" in err) == (2, True)
 
 
 def test_small_commands(home: Path, kallm: Run) -> None:

@@ -243,7 +243,7 @@ def test_a_dry_run_says_once_why_a_suite_would_be_refused_and_what_it_would_take
     top = TRAINED.replace("./chat.jsonl", "../none/chat.jsonl").replace("[train]", '[train]\nscope = "all"')
     (home / "s.toml").write_text(top + '[[arm]]\nname = "a"\n[[arm]]\nname = "b"\n')
     code, out, err = kallm("run", "s.toml", "--dry-run")
-    assert code == 0
+    assert code == 1, "as the run itself would end"
     assert "an estimate" in out
     assert err.count("would be refused") == 1
     assert "--data" in err

@@ -78,7 +78,10 @@ def run(
             results, console.Display(silent=True), device, dtype, batch_size, prefix_cache=prefix_cache, dry=True
         )
         room = Room.of(bench.device, bench.runs)
-        console.show_cells(engine.foresee_suite(bench, read), room, as_json, keep_weights)
+        cells = engine.foresee_suite(bench, read)
+        console.show_cells(cells, room, as_json, keep_weights)
+        if any(cell.trouble for cell in cells):
+            raise typer.Exit(1)
         return
     other = {"--model": model, "--data": data, "--heldout": heldout}
     named = shlex.join([suite, *(word for option, value in other.items() if value for word in (option, value))])

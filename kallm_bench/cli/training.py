@@ -104,6 +104,8 @@ def train(
     for option, given in (("--base", base), ("--temperature", temperature)):
         if given is not None and not distill:
             raise typer.BadParameter(f"{option} is for --distill")
+    if out and not tokens:
+        raise typer.BadParameter("--tokens 0 only measures the held-out loss, and saves no checkpoint; leave --out out")
     softened = {} if temperature is None else {"temperature": temperature}
     with join(find_device(device)) as processes:
         if shard and processes.count == 1:
