@@ -24,6 +24,9 @@ from kallm_bench.records import ResultsStore
 
 TOKENS, CHANNELS = 20_000, 64
 
+LEAST = 5
+"""Arms that a correlation is told of."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -43,8 +46,15 @@ def main() -> None:
     print("| --- | --: | --: |")
     for loss, size, arm in found:
         print(f"| {arm} | {size:.2f} | {loss:.3f} |")
-    rank = spearmanr([size for _, size, _ in found], [loss for loss, _, _ in found])
-    print(f"\n{len(found)} arms, Spearman's rank correlation {rank.statistic:.2f} (p = {rank.pvalue:.1g})")
+    groups = {"all": found}
+    for each in found:
+        degree = specs[each[2]].get("degree")
+        groups.setdefault(f"of degree {degree}" if degree else "without a degree", []).append(each)
+    print()
+    for name, of in groups.items():
+        if len(of) >= LEAST:
+            rank = spearmanr([size for _, size, _ in of], [loss for loss, _, _ in of])
+            print(f"{len(of)} arms, {name}: Spearman's rank correlation {rank.statistic:.2f} (p = {rank.pvalue:.1g})")
 
 
 def is_one_family(spec: dict[str, Any]) -> bool:
