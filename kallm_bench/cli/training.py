@@ -51,7 +51,10 @@ def train(
         ),
     ] = "tail",
     task: Annotated[str, typer.Option(help="chat: the assistant's words; classify: each text's class.")] = "chat",
-    learning_rate: Annotated[float, typer.Option(help="Its peak, after a warm-up; it falls as a cosine.")] = 4e-4,
+    learning_rate: Annotated[
+        float,
+        typer.Option(help="Its peak, after a warm-up; it falls as a cosine. Which layer leads can depend on it."),
+    ] = 4e-4,
     distill: Annotated[
         float, typer.Option(help="Share of the loss that is what the untouched model would say, 0 to 1.")
     ] = 0.0,
