@@ -101,7 +101,7 @@ class Arm:
         settings = {stage: dict(self.settings[stage]) for stage in ("retrofit", "train") if stage in self.settings}
         rate = settings.get("train", {}).pop("learning_rate", None)
         alike = json.dumps([settings, self.base, self.tokens_before], sort_keys=True)
-        return None if rate is None else Sweep(alike, float(rate))
+        return Sweep(alike, float(rate)) if isinstance(rate, int | float) else None
 
     @property
     def seeds(self) -> int:

@@ -251,11 +251,11 @@ def _notes(pairs: Sequence[tuple[Arm, Arm]], rows: Sequence[Row]) -> Iterable[st
         yield "Differences of losses without an interval are of one seed: another seed may turn them round."
     linear = [(arm, other) for arm, other in pairs if is_kan(arm) and is_linear(other)]
     rates = {
-        record.settings["learning_rate"]
+        record.settings.get("learning_rate")
         for record in itertools.chain(*(each.stages.get("train", []) for pair in linear for each in pair))
         if record.value("trained_tokens") != 0
     }
-    if losses and len(rates) == 1:
+    if losses and len(rates) == 1 and None not in rates:
         yield f"All at one learning rate, {rates.pop():g}: another may turn differences of losses round."
     reached = {row.name for row in rows if TOKENS in row.figures}
     if reached:
